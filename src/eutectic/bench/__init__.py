@@ -1,0 +1,1 @@
+"""What is it worth: suites and their zoo, evaluation, runs and reports."""

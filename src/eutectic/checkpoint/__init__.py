@@ -1,0 +1,1 @@
+"""Where weights live: files, modules, adapters and views of them, behind one read-only type."""

@@ -1,0 +1,120 @@
+"""The one seam for tensors: a read-only, lazy, thread-safe checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from eutectic.checkpoint.spec import Layout, TensorSpec
+from eutectic.errors import CheckpointError, did_you_mean
+
+
+class Checkpoint(ABC):
+    """Named tensors that are read on demand.
+
+    Implementations give ``specs`` and ``_read`` (a flat range of one tensor's elements: the finest grain, so
+    that a chunk can fit any memory budget however long a tensor's rows are).  Reads may come from many threads.
+    """
+
+    #: where it comes from, for error messages and provenance
+    origin: str = "memory"
+
+    @property
+    @abstractmethod
+    def specs(self) -> Layout:
+        """Name → shape and dtype of every tensor; costs no tensor read."""
+
+    @abstractmethod
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start:stop`` of the row-major flattened tensor, as ``[stop - start]``; arguments are valid."""
+
+    def spec(self, name: str) -> TensorSpec:
+        """The spec of one tensor.  Raises CheckpointError, with the nearest name, if there is none."""
+        try:
+            return self.specs[name]
+        except KeyError:
+            raise CheckpointError(f"{self.origin}: no tensor {name!r}.{did_you_mean(name, self.specs)}") from None
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor, or the given rows (a contiguous slice along its first axis).
+
+        Do not write into the result: it may share memory with the checkpoint.
+        Raises CheckpointError for an unknown name or a slice with a step.
+        """
+        spec = self.spec(name)
+        if rows is None:
+            return self._read(name, 0, spec.numel).view(spec.shape)
+        if not spec.shape or rows.step not in (None, 1):
+            raise CheckpointError(f"{self.origin}: rows of {name!r} {spec} must be a slice of step 1 along its first axis")
+        first, last, _ = rows.indices(spec.shape[0])
+        last = max(first, last)
+        row = TensorSpec(spec.shape[1:], spec.dtype).numel
+        return self._read(name, first * row, last * row).view(last - first, *spec.shape[1:])
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start:stop`` of the flattened tensor, as ``[stop - start]``.  Raises CheckpointError if outside it."""
+        if not 0 <= start <= stop <= self.spec(name).numel:
+            raise CheckpointError(f"{self.origin}: {name!r} has {self.spec(name).numel} elements, not {start}:{stop}")
+        return self._read(name, start, stop)
+
+    def close(self) -> None:  # noqa: B027 — most checkpoints hold nothing open
+        """Release files; reading afterwards is an error.  Nothing to do by default."""
+
+    def __enter__(self) -> Checkpoint:
+        """Use as a context manager to close it at the end."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close."""
+        self.close()
+
+
+class Memory(Checkpoint):
+    """A state dict."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], origin: str = "memory") -> None:
+        """Hold ``tensors`` by reference.  Raises CheckpointError if a value is not a strided tensor."""
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+                raise CheckpointError(f"{origin}: {name!r} is not a dense tensor but {type(tensor).__name__}")
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self._specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        self.origin = origin
+
+    @property
+    def specs(self) -> Layout:
+        """Name → shape and dtype, in the dict's order."""
+        return self._specs
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        return self._tensors[name].reshape(-1)[start:stop]
+
+
+def live(module: nn.Module) -> Memory:
+    """A module's current state dict as a checkpoint: it shares memory, so it follows training."""
+    return Memory(module.state_dict(), origin=type(module).__name__)
+
+
+def element_bytes(flat: Tensor) -> memoryview:
+    """The bytes of a one-dimensional tensor, without a copy where it is contiguous."""
+    # one element counts as contiguous whatever its stride, but cannot be viewed as bytes unless that is 1
+    return flat.contiguous().as_strided((len(flat),), (1,)).view(torch.uint8).numpy().data
+
+
+def fingerprint(checkpoint: Checkpoint, chunk: int = 1 << 22) -> str:
+    """SHA-256 over names, shapes, dtypes and elements, in name order; reads everything once.
+
+    Equal contents have equal fingerprints, however they are sharded or stored.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.specs):
+        spec = checkpoint.specs[name]
+        digest.update(f"{name}\0{spec}\0".encode())
+        for start in range(0, spec.numel, chunk):
+            digest.update(element_bytes(checkpoint.read_flat(name, start, min(start + chunk, spec.numel))))
+    return digest.hexdigest()

@@ -1,0 +1,167 @@
+"""Checkpoints made of checkpoints: rename, cast, select and overlay tensors without reading them.
+
+A view owns what it looks at: closing the view closes that too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import final
+
+import torch
+from torch import Tensor
+
+from eutectic.checkpoint.base import Checkpoint
+from eutectic.checkpoint.spec import Layout, require_same_layout
+from eutectic.errors import CheckpointError, did_you_mean
+
+
+@final
+class Rename(Checkpoint):
+    """The same tensors under other names."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str] | Callable[[str], str]) -> None:
+        """Rename by a mapping (names that it lacks stay) or by a function of the old name.
+
+        Raises CheckpointError if two tensors would get one name, or if the mapping names a tensor that is not there.
+        """
+        self._below, self.origin = checkpoint, checkpoint.origin
+        if isinstance(names, Mapping):
+            for old in names:
+                checkpoint.spec(old)
+            rename = {old: names.get(old, old) for old in checkpoint.specs}
+        else:
+            rename = {old: names(old) for old in checkpoint.specs}
+        self._old: dict[str, str] = {}
+        for old, new in rename.items():
+            if new in self._old:
+                raise CheckpointError(f"{self.origin}: both {self._old[new]!r} and {old!r} would be renamed to {new!r}")
+            self._old[new] = old
+        self._specs = {new: checkpoint.specs[old] for new, old in self._old.items()}
+
+    @property
+    def specs(self) -> Layout:
+        """New name → shape and dtype."""
+        return self._specs
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        return self._below._read(self._old[name], start, stop)
+
+    def close(self) -> None:
+        """Close the checkpoint below."""
+        self._below.close()
+
+
+@final
+class Cast(Checkpoint):
+    """The same tensors with all floating-point ones in one dtype; integers and booleans stay."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        """Cast as tensors are read.  Raises CheckpointError if ``dtype`` is not floating-point."""
+        if not dtype.is_floating_point:
+            raise CheckpointError(f"{checkpoint.origin}: cannot cast weights to {dtype}; give a floating-point dtype")
+        self._below, self.origin = checkpoint, checkpoint.origin
+        self._specs = {
+            name: spec._replace(dtype=dtype) if spec.dtype.is_floating_point else spec
+            for name, spec in checkpoint.specs.items()
+        }
+
+    @property
+    def specs(self) -> Layout:
+        """Name → shape and new dtype."""
+        return self._specs
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        return self._below._read(name, start, stop).to(self._specs[name].dtype)
+
+    def close(self) -> None:
+        """Close the checkpoint below."""
+        self._below.close()
+
+
+@final
+class Select(Checkpoint):
+    """Some of the tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, which: str | Iterable[str] | Callable[[str], bool]) -> None:
+        """Keep the tensors whose name matches a glob, any of several globs, or a predicate.
+
+        Raises CheckpointError if a glob matches no tensor: it is misspelt.
+        """
+        self._below, self.origin = checkpoint, checkpoint.origin
+        if callable(which):
+            kept = {name for name in checkpoint.specs if which(name)}
+        else:
+            kept = set()
+            for pattern in [which] if isinstance(which, str) else which:
+                found = {name for name in checkpoint.specs if fnmatchcase(name, pattern)}
+                if not found:
+                    raise CheckpointError(
+                        f"{self.origin}: no tensor matches {pattern!r}.{did_you_mean(pattern, checkpoint.specs)}"
+                    )
+                kept |= found
+        self._specs = {name: spec for name, spec in checkpoint.specs.items() if name in kept}
+
+    @property
+    def specs(self) -> Layout:
+        """Name → shape and dtype of the kept tensors."""
+        return self._specs
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        return self._below._read(name, start, stop)
+
+    def close(self) -> None:
+        """Close the checkpoint below."""
+        self._below.close()
+
+
+@final
+class Overlay(Checkpoint):
+    """Two checkpoints as one, in which ``top``'s tensors replace those of ``bottom`` or join them."""
+
+    def __init__(self, bottom: Checkpoint, top: Checkpoint) -> None:
+        """Lay ``top`` over ``bottom``; a tensor of the same name may have another shape."""
+        self._bottom, self._top = bottom, top
+        self.origin = f"{top.origin} over {bottom.origin}"
+        self._specs = {**bottom.specs, **top.specs}
+
+    @property
+    def specs(self) -> Layout:
+        """Name → shape and dtype, in the order of ``bottom``; what only ``top`` has comes last."""
+        return self._specs
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        return (self._top if name in self._top.specs else self._bottom)._read(name, start, stop)
+
+    def close(self) -> None:
+        """Close both."""
+        self._top.close()
+        self._bottom.close()
+
+
+@final
+class Lerp(Checkpoint):
+    """a + t (b − a) for floating-point tensors, computed in float32 (float64 for float64); all others are a's."""
+
+    def __init__(self, a: Checkpoint, b: Checkpoint, t: float) -> None:
+        """Interpolate, or for t outside 0 … 1 extrapolate, as tensors are read.  Raises LayoutError if they do not fit."""
+        require_same_layout(a.specs, b.specs, a.origin, b.origin)
+        self._a, self._b, self._t, self.origin = a, b, t, f"{a.origin} → {b.origin} at {t}"
+
+    @property
+    def specs(self) -> Layout:
+        """Name → shape and dtype of ``a``."""
+        return self._a.specs
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        a, b = self._a._read(name, start, stop), self._b._read(name, start, stop)
+        if not a.dtype.is_floating_point:
+            return a
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return torch.lerp(a.to(wide), b.to(wide), self._t).to(a.dtype)
+
+    def close(self) -> None:
+        """Close both."""
+        self._a.close()
+        self._b.close()

@@ -1,0 +1,379 @@
+"""Writing safetensors: files of known size, filled in place and in any order, published whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from torch import Tensor
+
+from eutectic.checkpoint.base import Checkpoint, element_bytes
+from eutectic.checkpoint.spec import DTYPE_NAMES, Layout, TensorSpec, layout_nbytes
+from eutectic.errors import DiskFullError, OutputError, did_you_mean
+
+MAX_SHARD_BYTES = 5_000_000_000
+CHUNK_BYTES = 16 * 2**20
+#: the data of a file begin at a multiple of this, so that a reader may map pages, and any dtype is aligned
+_ALIGN = 4096
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_FALLOCATE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.ENODEV}
+
+
+class SafetensorsWriter:
+    """The files of one layout, at their full size from the start; chunks of tensors are written in any order.
+
+    As a context manager it finishes at the end, or removes its files if the body raises.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        folder: str | Path,
+        *,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Create the files: ``model.safetensors``, or shards of at most ``max_shard_bytes`` (if tensors are no larger).
+
+        Raises DiskFullError if they have no room, and OutputError if they exist or a tensor cannot be stored.
+        """
+        self._folder = Path(folder)
+        self._layout = dict(layout)
+        self._shards = plan_shards(layout, max_shard_bytes, {"format": "pt"} if metadata is None else metadata)
+        self._shard_of = {name: shard for shard in self._shards for name in shard.begins}
+        self._written = dict.fromkeys(self._layout, 0)
+        self._lock = threading.Lock()
+        self._fds: dict[str, int] = {}
+        self._made: list[Path] = []
+        require_space(self._folder, sum(shard.nbytes for shard in self._shards))
+        try:
+            for shard in self._shards:
+                self._create(shard)
+        except BaseException:
+            self.discard()
+            raise
+
+    def write(self, name: str, start: int, tensor: Tensor) -> None:
+        """Store ``tensor`` as the elements of ``name`` from the flat position ``start`` on.  Thread-safe.
+
+        Raises OutputError for an unknown name, another dtype or elements beyond the end, DiskFullError if there is no room.
+        """
+        if name not in self._layout:
+            raise OutputError(f"{self._folder}: no tensor {name!r} in the layout.{did_you_mean(name, self._layout)}")
+        spec, shard = self._layout[name], self._shard_of[name]
+        if tensor.dtype != spec.dtype or not 0 <= start <= start + tensor.numel() <= spec.numel:
+            chunk = TensorSpec(tuple(tensor.shape), tensor.dtype)
+            raise OutputError(f"{self._folder}: a chunk {chunk} at {start} does not fit into {name!r} {spec}")
+        if shard.file not in self._fds:
+            raise OutputError(f"{self._folder / shard.file}: {name!r} written after the file was closed")
+        offset = shard.begins[name] + start * spec.dtype.itemsize
+        self._write(shard, element_bytes(tensor.detach().to("cpu").reshape(-1)), offset)
+        with self._lock:
+            self._written[name] += tensor.numel()
+
+    def finish(self) -> None:
+        """Put everything on the disk, write the index if there are shards, and close.
+
+        Raises OutputError if a tensor was not written in full.
+        """
+        for name, spec in self._layout.items():
+            if self._fds and self._written[name] < spec.numel:
+                raise OutputError(
+                    f"{self._folder}: only {self._written[name]} of {spec.numel} elements of {name!r} were written"
+                )
+        for shard in self._shards:
+            if shard.file in self._fds:
+                with explained(self._folder / shard.file, shard.nbytes):
+                    os.fsync(self._fds[shard.file])
+        if len(self._shards) > 1 and self._fds:
+            self._write_index()
+        self._close()
+
+    def discard(self) -> None:
+        """Close and remove all files of this writer."""
+        self._close()
+        for path in self._made:
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> SafetensorsWriter:
+        """Use as a context manager to finish, or discard, at the end."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Finish, or remove the files if the body raised."""
+        try:
+            if kind is None:
+                self.finish()
+                return
+        except BaseException:
+            self.discard()
+            raise
+        self.discard()
+
+    def _create(self, shard: Shard) -> None:
+        path = self._folder / shard.file
+        with explained(path, shard.nbytes):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            self._fds[shard.file] = fd
+            self._made.append(path)
+            _reserve(fd, shard.nbytes)
+        self._write(shard, memoryview(shard.header), 0)
+
+    def _write(self, shard: Shard, view: memoryview, offset: int) -> None:
+        done = 0
+        with explained(self._folder / shard.file, shard.nbytes):
+            while done < len(view):  # one call may write less than was asked for
+                done += os.pwrite(self._fds[shard.file], view[done:], offset + done)
+
+    def _write_index(self) -> None:
+        path = self._folder / "model.safetensors.index.json"
+        index = {
+            "metadata": {"total_size": layout_nbytes(self._layout)},
+            "weight_map": {name: self._shard_of[name].file for name in self._layout},
+        }
+        with explained(path):
+            self._made.append(path)
+            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            _fsync(path)
+
+    def _close(self) -> None:
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
+def save_tensors(
+    checkpoint: Checkpoint,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
+    threads: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Walk any checkpoint once, chunk by chunk, into safetensors files in an existing folder.
+
+    At most ``threads`` chunks are in memory.  ``progress(bytes_done, bytes_total)`` is called from this thread; if it
+    raises, the save stops.  Whatever is raised, no file is left.  Raises OutputError and DiskFullError.
+    """
+    layout = dict(checkpoint.specs)
+    done, total = 0, layout_nbytes(layout)
+    with SafetensorsWriter(layout, folder, max_shard_bytes=max_shard_bytes) as writer:
+
+        def copy(chunk: tuple[str, int, int]) -> int:
+            name, start, stop = chunk
+            writer.write(name, start, checkpoint.read_flat(name, start, stop))
+            return (stop - start) * layout[name].dtype.itemsize
+
+        pool = ThreadPoolExecutor(threads, "eutectic-save")
+        try:
+            for nbytes in pool.map(copy, _chunks(layout, chunk_bytes)):
+                done += nbytes
+                if progress is not None:
+                    progress(done, total)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def published(folder: str | Path, *, replace: bool = False, inputs: Iterable[str | Path] = ()) -> Generator[Path, None, None]:
+    """A temporary folder that becomes ``folder`` in one rename if the body succeeds, and vanishes if it does not.
+
+    With ``replace`` an existing folder is swapped out once the new one is complete.  Raises OutputError before any work
+    if ``folder`` exists (or, with ``replace``, is no folder), or if it is, holds, or lies in one of ``inputs``.
+    """
+    folder = _refuse_output(Path(folder), replace, inputs)
+    made = [parent for parent in folder.parents if not parent.exists()]
+    partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with explained(folder):
+            partial.mkdir(parents=True)
+        with _explained_if_full(folder):
+            yield partial
+        with explained(folder):
+            for path in [*partial.rglob("*"), partial]:
+                _fsync(path)
+            _swap_in(partial, folder, replace)
+            _fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.exists():
+            for parent in made:
+                _remove_if_empty(parent)
+        raise
+
+
+def require_space(path: str | Path, needed_bytes: int) -> None:
+    """Raise DiskFullError if the disk of ``path`` (which need not exist yet) has fewer free bytes than needed."""
+    free = _free_bytes(Path(path))
+    if free < needed_bytes:
+        raise DiskFullError(f"{path}: no room: {needed_bytes} bytes are needed, {free} are free. {_MAKE_ROOM}")
+
+
+# ── where each tensor goes ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Shard(NamedTuple):
+    """One file to be: its name, its header (8-byte length included), where each tensor begins, and its whole size."""
+
+    file: str
+    header: bytes
+    begins: dict[str, int]
+    nbytes: int
+
+
+def plan_shards(layout: Layout, max_shard_bytes: int, metadata: Mapping[str, str]) -> list[Shard]:
+    """The files of a layout, its tensors in order.  Raises OutputError if a tensor cannot be stored in safetensors."""
+    for name, spec in layout.items():
+        if spec.dtype not in DTYPE_NAMES:
+            raise OutputError(f"tensor {name!r} has the dtype {spec.dtype}, which is not stored. Cast it first.")
+        if name == "__metadata__" or name.encode(errors="replace").decode() != name:
+            raise OutputError(f"{name!r} cannot be the name of a tensor in safetensors. Rename it first.")
+    if max_shard_bytes < 1:
+        raise OutputError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
+    groups = _split(layout, max_shard_bytes)
+    files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    if len(groups) == 1:
+        files = ["model.safetensors"]
+    return [_shard(file, {name: layout[name] for name in group}, metadata) for file, group in zip(files, groups, strict=True)]
+
+
+def _split(layout: Layout, max_bytes: int) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, spec in layout.items():
+        if groups[-1] and used + spec.nbytes > max_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += spec.nbytes
+    return groups
+
+
+def _shard(file: str, layout: Layout, metadata: Mapping[str, str]) -> Shard:
+    # Wide dtypes come first: a float32 after three bytes of bool would be misaligned, and readers that map files refuse it.
+    at, begins = 0, {}
+    for name, spec in sorted(layout.items(), key=lambda item: -item[1].dtype.itemsize):
+        begins[name] = at
+        at += spec.nbytes
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, spec in layout.items():
+        offsets = [begins[name], begins[name] + spec.nbytes]
+        entries[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGN)
+    header = len(text).to_bytes(8, "little") + text
+    return Shard(file, header, {name: len(header) + begin for name, begin in begins.items()}, len(header) + at)
+
+
+def _chunks(layout: Layout, chunk_bytes: int) -> Iterator[tuple[str, int, int]]:
+    for name, spec in layout.items():
+        step = max(1, chunk_bytes // spec.dtype.itemsize)
+        for start in range(0, spec.numel, step):
+            yield name, start, min(start + step, spec.numel)
+
+
+# ── the disk ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_MAKE_ROOM = "Free some space, or choose another disk."
+
+
+@contextmanager
+def explained(path: Path, needed_bytes: int = 0) -> Generator[None, None, None]:
+    """Turn an operating system's error into ours: OutputError, or DiskFullError if there is no room."""
+    try:
+        with _explained_if_full(path, needed_bytes):
+            yield
+    except FileExistsError:
+        raise OutputError(f"{path}: exists already. Choose another path.") from None
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def _explained_if_full(path: Path, needed_bytes: int = 0) -> Generator[None, None, None]:
+    """Only turn "no room" into ours: in a caller's code, other errors are the caller's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        needed = f"{needed_bytes} bytes are needed, " if needed_bytes else ""
+        free = _free_bytes(path)
+        raise DiskFullError(f"{path}: no room ({error.strerror}): {needed}{free} are free. {_MAKE_ROOM}") from None
+
+
+def _free_bytes(path: Path) -> int:
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """Claim the file's blocks, so that a full disk shows before the work and not at its end."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, nbytes)
+            return
+    except OSError as error:
+        if error.errno not in _NO_FALLOCATE:
+            raise
+    os.ftruncate(fd, nbytes)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _refuse_output(folder: Path, replace: bool, inputs: Iterable[str | Path]) -> Path:
+    """The resolved output folder, unless writing there would destroy something."""
+    if folder.is_symlink():
+        raise OutputError(f"{folder}: is a symlink. Name the folder itself.")
+    out = folder.resolve()
+    for source in (Path(source).resolve() for source in inputs):
+        if out.is_relative_to(source) or source.is_relative_to(out):
+            raise OutputError(f"{folder}: is, holds or lies in the input {source}. Choose another path.")
+    if out.exists() and not replace:
+        raise OutputError(f"{folder}: exists already. Choose another path, or pass replace=True (--force on the command line).")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{folder}: is a file, and only a folder is replaced. Choose another path.")
+    for precious in (Path.cwd(), Path.home()):
+        if out.exists() and precious.resolve().is_relative_to(out):
+            raise OutputError(f"{folder}: holds {precious}, and would be deleted with it. Choose another path.")
+    return out
+
+
+def _swap_in(partial: Path, folder: Path, replace: bool) -> None:
+    """Rename ``partial`` to ``folder``; an older folder steps aside first, and back if that fails."""
+    if not (replace and folder.exists()):
+        partial.rename(folder)
+        return
+    aside = folder.with_name(f".{folder.name}.old-{secrets.token_hex(4)}")
+    folder.rename(aside)
+    try:
+        partial.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        return

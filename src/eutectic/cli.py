@@ -1,0 +1,247 @@
+"""The command line: each command is a few lines over the API.
+
+Exit status: 0 done, 1 ``diff`` found a difference or a bug struck, 2 the input was refused (one message, nothing left behind).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eutectic.errors import EutecticError
+
+if TYPE_CHECKING:
+    from eutectic.merge.recipe import Recipe
+    from eutectic.merge.view import Merged
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+zoo_app = typer.Typer(no_args_is_help=True, help="Suites of real experts: build them, list them.")
+app.add_typer(zoo_app, name="zoo")
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe in YAML.", metavar="RECIPE")]
+SuiteName = Annotated[str, typer.Option("--suite", help="A suite of the zoo, or a folder that holds one.")]
+
+
+def main() -> None:
+    """Run the command line; errors that Eutectic raises on purpose become one message and exit status 2."""
+    try:
+        app()
+    except EutecticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def merge(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an existing folder.")] = False,
+) -> None:
+    """Merge checkpoints as RECIPE says and write a Hugging Face folder OUT, whole or not at all."""
+    from eutectic.merge import run
+
+    parsed, merged = _open_recipe(recipe)
+    if len(merged.experts) == 1:
+        print(f"note: one expert only; {merged.method} scales or copies it", file=sys.stderr)
+    with _bar() as progress:
+        run.save(merged, out, replace=force, recipe=parsed, progress=progress)
+    print(f"{out}: {merged.method} of {len(merged.experts)} expert(s)")
+
+
+@app.command()
+def plan(recipe: RecipeFile) -> None:
+    """Say what merging RECIPE would read, write and need, from headers alone."""
+    from eutectic.merge.plan import plan as make_plan
+
+    _, merged = _open_recipe(recipe)
+    planned = make_plan(merged)
+    print(f"method          {merged.method} {merged.parameters}")
+    print(f"experts         {', '.join(merged.experts)}")
+    print(f"tensors         {planned.tensors}, of them merged {planned.merged_tensors}; {planned.parameters:,} parameters")
+    print(f"passes          {planned.passes}")
+    for what, nbytes in (
+        ("read", planned.read_bytes),
+        ("write", planned.write_bytes),
+        ("working memory", planned.working_bytes),
+    ):
+        print(f"{what:15} {nbytes / 2**20:,.1f} MiB")
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="Show one method in full.")] = None) -> None:
+    """List the merge methods, or explain one: equation, parameters with their ranges, source."""
+    import inspect
+
+    from eutectic import registry
+
+    if name is not None:
+        from eutectic.methods._method import signature_model
+
+        function = registry.get("methods", name)
+        print(f"{name}{inspect.signature(function)}\n\n{inspect.getdoc(function)}\n")
+        for key, field in signature_model(name).model_json_schema()["properties"].items():
+            print(f"  {key}: {', '.join(f'{k} {v}' for k, v in field.items() if k != 'title')}")
+        return
+    for known in registry.names("methods"):
+        print(f"{known:16} {(inspect.getdoc(registry.get('methods', known)) or '').splitlines()[0]}")
+
+
+@app.command()
+def diff(left: str, right: str) -> None:
+    """Compare two checkpoints tensor by tensor; exit status 1 if they differ."""
+    from eutectic.merge.api import diff as compare
+
+    lines = compare(left, right)
+    print("\n".join(lines) if lines else "no difference")
+    raise typer.Exit(bool(lines))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
+    suite: SuiteName = "mini",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON record a line.")] = False,
+    split: Annotated[str, typer.Option(help="Which split to score.")] = "test",
+) -> None:
+    """Score MODEL on the tasks of a suite."""
+    from eutectic import record
+    from eutectic.bench import evaluate as scoring
+    from eutectic.bench.zoo import open_suite
+    from eutectic.checkpoint.base import fingerprint
+    from eutectic.checkpoint.folder import open_path
+
+    opened = open_suite(suite)
+    weights = open_path(model)
+    network = opened.backbone(weights)
+    fields = scoring.fields_of(model) | {"suite": opened.name, "inputs": {"model": fingerprint(weights)}}
+    records = scoring.evaluate(network, opened.tasks, split=split, **fields)
+    if json:
+        for found in records:
+            print(found.to_json())
+    else:
+        for found in [*records, record.mean_of(records)]:
+            print(f"{found.task:16} {100 * found.value:5.1f}  [{100 * found.low:.1f}, {100 * found.high:.1f}]  n = {found.n}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where records and report go.")] = Path("runs/demo"),
+    all_: Annotated[bool, typer.Option("--all", help="Every method, however long it takes.")] = False,
+) -> None:
+    """Fuse the eight experts of the embedded suite by every method, score them all, and write a report."""
+    _run("mini", out, all_)
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help="A suite of the zoo, or a folder that holds one.")],
+    out: Annotated[Path | None, typer.Option(help="Where records and report go; runs/SUITE by default.")] = None,
+) -> None:
+    """Score θ₀, the experts and every method on a suite."""
+    _run(suite, out or Path("runs") / Path(suite).name, True)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A folder with records.jsonl, or such a file.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """Show the records of a run as a table, and write its report.html again."""
+    from eutectic import record
+    from eutectic.bench import report as reporting
+
+    path = run / "records.jsonl" if run.is_dir() else run
+    if not path.exists():
+        raise EutecticError(f"{path}: no such records; `eutectic demo` or `eutectic bench SUITE` makes some")
+    records = list(record.load(path))
+    if markdown:
+        print(reporting.markdown(records))
+    else:
+        _show(records, path.parent)
+
+
+@zoo_app.command("list")
+def zoo_list() -> None:
+    """List the suites, and where each lies or would lie."""
+    from eutectic.bench import zoo
+
+    for name, spec in zoo.SPECS.items():
+        folder = zoo.find(name)
+        state = "built" if (folder / "suite.json").exists() else "not built"
+        print(f"{name:8} {spec.kind:8} {len(spec.tasks)} tasks  {state:10} {folder}")
+
+
+@zoo_app.command("build")
+def zoo_build(
+    name: Annotated[str, typer.Argument(help="mini, dino or text.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the raw data sets; mini has its own.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Folder of the base model; from the hub by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to build; the cache by default.")] = None,
+) -> None:
+    """Train the experts of a suite; a build that was stopped carries on."""
+    from eutectic.bench import zoo
+
+    spec = zoo.spec_of(name)
+    target = out or zoo.cache() / "zoo" / name
+    with _bar() as progress:
+        zoo.build(spec, target, data, base, progress)
+    print(f"{target}: {len(spec.tasks)} experts")
+
+
+def _open_recipe(path: Path) -> tuple[Recipe, Merged]:
+    from eutectic.bench.evaluate import suite_recipe
+    from eutectic.merge.recipe import load
+    from eutectic.merge.run import merged_from
+
+    recipe = load(path)
+    return recipe, suite_recipe(recipe) if recipe.suite else merged_from(recipe, path.parent)
+
+
+def _run(suite: str, out: Path, everything: bool) -> None:
+    from rich.console import Console
+
+    from eutectic import record
+    from eutectic.bench import evaluate as scoring
+    from eutectic.bench.zoo import open_suite
+
+    opened = open_suite(suite)
+    chosen = scoring.applicable(opened)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "records.jsonl"
+    path.unlink(missing_ok=True)
+    records = []
+    with Console(stderr=True).status("starting") as status:
+        for found in scoring.run_suite(opened, chosen, progress=status.update):
+            record.append(path, [found])
+            records.append(found)
+    _show(records, out)
+
+
+def _show(records: list, out: Path) -> None:
+    from rich.console import Console
+
+    from eutectic.bench import report as reporting
+
+    console = Console()
+    console.print(reporting.table(records), crop=False)
+    (out / "report.html").write_text(
+        reporting.html(records, title=f"{records[0].suite}: {len(records)} records"), encoding="utf-8"
+    )
+    print(f"records: {out / 'records.jsonl'}\nreport:  {out / 'report.html'}")
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn())
+    from rich.console import Console
+
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        job = bar.add_task("starting", total=None)
+        yield lambda what, done, total: bar.update(job, description=what, completed=done, total=total)

@@ -1,0 +1,72 @@
+"""Everything Eutectic refuses, as one tree.
+
+    EutecticError                   one line: what, where, what to do; the command line exits with 2
+    ├── CheckpointError             a file or folder that cannot be trusted or read
+    ├── LayoutError                 models whose tensors do not fit together
+    ├── NonFiniteError              a NaN or Inf where there must be none
+    ├── RecipeError                 a recipe that says something impossible; knows its file and line
+    ├── ParameterError              a method's parameter that is misspelt, missing or out of range
+    ├── UnknownNameError            a method, suite or task that nobody registered
+    ├── TaskError                   a task, split or head that cannot be scored
+    ├── OutputError                 an output that exists, or cannot be written
+    │   └── DiskFullError           there is, or would be, no room for the output
+    └── MissingDependencyError      an optional package that this call needs
+
+Anything else that escapes is a bug in Eutectic.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EutecticError(Exception):
+    """Base of every error that Eutectic raises on purpose."""
+
+
+class CheckpointError(EutecticError):
+    """A file or folder that cannot be trusted or read."""
+
+
+class LayoutError(EutecticError):
+    """Models whose tensors do not fit together."""
+
+
+class NonFiniteError(EutecticError):
+    """A NaN or Inf where there must be none."""
+
+
+class RecipeError(EutecticError):
+    """A recipe that says something impossible."""
+
+
+class ParameterError(EutecticError):
+    """A method's parameter that is misspelt, missing or out of range."""
+
+
+class UnknownNameError(EutecticError):
+    """A name that nobody registered."""
+
+
+class TaskError(EutecticError):
+    """A task, split or head that cannot be scored."""
+
+
+class OutputError(EutecticError):
+    """An output that exists already, or cannot be written."""
+
+
+class DiskFullError(OutputError):
+    """There is, or would be, no room for the output."""
+
+
+class MissingDependencyError(EutecticError):
+    """An optional package that this call needs."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'ties'?"``, or the whole list when nothing is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known) or 'none'}."
