@@ -34,8 +34,8 @@ class Arrays:
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All samples in order, the last batch as it comes."""
-        for index in torch.arange(len(self)).split(batch_size):
-            yield self.take(index)
+        for start in range(0, len(self), batch_size):
+            yield self.take(torch.arange(start, min(start + batch_size, len(self))))
 
 
 Batches = Iterable[tuple[Any, Tensor]]

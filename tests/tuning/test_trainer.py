@@ -1,0 +1,64 @@
+"""The trainer and its adapters."""
+
+import torch
+from torch import nn
+
+from eutectic.checkpoint.base import live
+from eutectic.checkpoint.lora import open_lora
+from eutectic.merge.api import state_dict
+from eutectic.task import Arrays
+from eutectic.tuning.lora import adapters, attach, save_adapter
+from eutectic.tuning.trainer import Training, fine_tune
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(27, 16), nn.GELU(), nn.Linear(16, 4))
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (200,), generator=generator)
+    centres = torch.randn(4, 3, 3, 3, generator=generator)
+    return Arrays(centres[labels] + 0.5 * torch.randn(200, 3, 3, 3, generator=generator), labels)
+
+
+def loss_of(model, arrays):
+    with torch.no_grad():
+        return nn.functional.cross_entropy(model(arrays.inputs), arrays.labels).item()
+
+
+def test_full_and_low_rank_training_lower_the_loss_and_repeat_bit_for_bit():
+    for rank in (0, 2):
+        training = Training(steps=60, lr=1e-2, rank=rank, alpha=4, shift=1)
+        models, seen = [], []
+        for _ in range(2):
+            model, steps = network(), []
+            fine_tune(model, nn.Identity(), data(), training, lambda step, loss, steps=steps: steps.append((step, loss)))
+            models.append(model)
+            seen.append(steps)
+        assert seen[0] == seen[1]
+        assert [step for step, _ in seen[0]] == list(range(1, 61))
+        assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+        assert loss_of(models[0], data()) < 0.75 * loss_of(network(), data())
+        assert not models[0].training
+
+
+def test_adapters_start_as_the_base_and_leave_it_frozen():
+    model, base = network(), network()
+    attach(model, rank=2, alpha=4, seed=0)
+    x = torch.randn(5, 3, 3, 3)
+    torch.testing.assert_close(model(x), base(x))
+    assert [name for name, _ in adapters(model)] == ["1", "3"]
+    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"A", "B"}
+
+
+def test_a_saved_adapter_reads_back_as_the_trained_network(tmp_path):
+    model, base = network(), network()
+    fine_tune(model, nn.Identity(), data(), Training(steps=20, lr=1e-2, rank=3, alpha=6))
+    save_adapter(model, tmp_path, "../base", torch.float32)
+    expert = network()
+    expert.load_state_dict(state_dict(open_lora(tmp_path, live(base))))
+    x = torch.randn(5, 3, 3, 3)
+    torch.testing.assert_close(expert(x), model(x))
+    assert not torch.allclose(expert(x), base(x))
