@@ -5,9 +5,11 @@ Exit status: 0 done, 1 ``diff`` found a difference or a bug struck, 2 the input 
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +18,8 @@ import typer
 from eutectic.errors import EutecticError
 
 if TYPE_CHECKING:
-    from eutectic.merge.recipe import Recipe
+    from eutectic.merge.compose import Composed
+    from eutectic.merge.recipe import AnyRecipe
     from eutectic.merge.view import Merged
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -24,11 +27,24 @@ zoo_app = typer.Typer(no_args_is_help=True, help="Suites of real experts: build 
 app.add_typer(zoo_app, name="zoo")
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe in YAML.", metavar="RECIPE")]
+
+
+class Compat(StrEnum):
+    """Whose conventions a recipe is read with."""
+
+    mergekit = "mergekit"
+
+
+CompatOption = Annotated[
+    Compat | None,
+    typer.Option("--compat", help="Read a recipe in mergekit's schema with mergekit's conventions, not the papers'."),
+]
 SuiteName = Annotated[str, typer.Option("--suite", help="A suite of the zoo, or a folder that holds one.")]
 
 
 def main() -> None:
     """Run the command line; errors that Eutectic raises on purpose become one message and exit status 2."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is half-done is tidied up
     try:
         app()
     except EutecticError as error:
@@ -41,11 +57,12 @@ def merge(
     recipe: RecipeFile,
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an existing folder.")] = False,
+    compat: CompatOption = None,
 ) -> None:
     """Merge checkpoints as RECIPE says and write a Hugging Face folder OUT, whole or not at all."""
     from eutectic.merge import run
 
-    parsed, merged = _open_recipe(recipe)
+    parsed, merged = _open_recipe(recipe, compat)
     if len(merged.experts) == 1:
         print(f"note: one expert only; {merged.method} scales or copies it", file=sys.stderr)
     with _bar() as progress:
@@ -54,11 +71,11 @@ def merge(
 
 
 @app.command()
-def plan(recipe: RecipeFile) -> None:
+def plan(recipe: RecipeFile, compat: CompatOption = None) -> None:
     """Say what merging RECIPE would read, write and need, from headers alone."""
     from eutectic.merge.plan import plan as make_plan
 
-    _, merged = _open_recipe(recipe)
+    _, merged = _open_recipe(recipe, compat)
     planned = make_plan(merged)
     print(f"method          {merged.method} {merged.parameters}")
     print(f"experts         {', '.join(merged.experts)}")
@@ -70,6 +87,16 @@ def plan(recipe: RecipeFile) -> None:
         ("working memory", planned.working_bytes),
     ):
         print(f"{what:15} {nbytes / 2**20:,.1f} MiB")
+
+
+@app.command()
+def verify(out: Annotated[Path, typer.Argument(help="A folder that Eutectic wrote.")]) -> None:
+    """Hash the tensors of OUT again and compare them with its provenance; exit status 1 if one differs."""
+    from eutectic.merge import run
+
+    lines = run.verify(out)
+    print("\n".join(lines) if lines else f"{out}: every tensor is as it was written")
+    raise typer.Exit(bool(lines))
 
 
 @app.command()
@@ -112,8 +139,8 @@ def evaluate(
     from eutectic import record
     from eutectic.bench import evaluate as scoring
     from eutectic.bench.zoo import open_suite
-    from eutectic.checkpoint.base import fingerprint
     from eutectic.checkpoint.folder import open_path
+    from eutectic.checkpoint.hashed import fingerprint
 
     opened = open_suite(suite)
     weights = open_path(model)
@@ -133,17 +160,20 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where records and report go.")] = Path("runs/demo"),
     all_: Annotated[bool, typer.Option("--all", help="Every method, however long it takes.")] = False,
 ) -> None:
-    """Fuse the eight experts of the embedded suite by every method, score them all, and write a report."""
-    _run("mini", out, all_)
+    """Fuse the eight experts of the embedded suite by several methods, score them all, and write a report."""
+    from eutectic.bench.evaluate import REPRESENTATIVE
+
+    _run("mini", out, None if all_ else REPRESENTATIVE)
 
 
 @app.command()
 def bench(
     suite: Annotated[str, typer.Argument(help="A suite of the zoo, or a folder that holds one.")],
     out: Annotated[Path | None, typer.Option(help="Where records and report go; runs/SUITE by default.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only this method; may be given several times.")] = None,
 ) -> None:
-    """Score θ₀, the experts and every method on a suite."""
-    _run(suite, out or Path("runs") / Path(suite).name, True)
+    """Score θ₀, the experts and every method, or those named, on a suite."""
+    _run(suite, out or Path("runs") / Path(suite).name, tuple(method) if method else None)
 
 
 @app.command()
@@ -193,16 +223,21 @@ def zoo_build(
     print(f"{target}: {len(spec.tasks)} experts")
 
 
-def _open_recipe(path: Path) -> tuple[Recipe, Merged]:
+def _open_recipe(path: Path, compat: Compat | None = None) -> tuple[AnyRecipe, Merged | Composed]:
     from eutectic.bench.evaluate import suite_recipe
-    from eutectic.merge.recipe import load
+    from eutectic.merge.recipe import Recipe, load
     from eutectic.merge.run import merged_from
 
-    recipe = load(path)
-    return recipe, suite_recipe(recipe) if recipe.suite else merged_from(recipe, path.parent)
+    recipe = load(path, compat is not None)
+    if isinstance(recipe, Recipe):
+        return recipe, suite_recipe(recipe) if recipe.suite else merged_from(recipe, path.parent)
+    composed = recipe.open(path.parent)
+    for note in composed.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return recipe, composed
 
 
-def _run(suite: str, out: Path, everything: bool) -> None:
+def _run(suite: str, out: Path, only: tuple[str, ...] | None) -> None:
     from rich.console import Console
 
     from eutectic import record
@@ -210,7 +245,7 @@ def _run(suite: str, out: Path, everything: bool) -> None:
     from eutectic.bench.zoo import open_suite
 
     opened = open_suite(suite)
-    chosen = scoring.applicable(opened)
+    chosen = only or scoring.applicable(opened)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "records.jsonl"
     path.unlink(missing_ok=True)

@@ -42,7 +42,12 @@ class RecipeError(EutecticError):
 
 
 class ParameterError(EutecticError):
-    """A method's parameter that is misspelt, missing or out of range."""
+    """A method's parameter that is misspelt, missing or out of range; ``where`` is its path, if it is known."""
+
+    def __init__(self, message: str, where: tuple[str | int, ...] = ()) -> None:
+        """Keep the message and the path."""
+        super().__init__(message)
+        self.where = where
 
 
 class UnknownNameError(EutecticError):

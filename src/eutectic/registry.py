@@ -10,6 +10,7 @@ A name that two origins claim is an error; it never wins silently.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typing import Any
 from eutectic.errors import UnknownNameError, did_you_mean
 
 
+@functools.cache
 def names(room: str) -> dict[str, str]:
     """All registered names of a room (``"methods"``, ``"fusion"`` …) → ``module:attribute``, in alphabetical order.
 

@@ -8,8 +8,8 @@ import torch
 
 from eutectic.bench import evaluate as scoring
 from eutectic.bench import sources, zoo
-from eutectic.checkpoint.base import fingerprint
 from eutectic.checkpoint.folder import open_folder
+from eutectic.checkpoint.hashed import fingerprint
 from eutectic.errors import RecipeError, TaskError, UnknownNameError
 from eutectic.merge import run
 from eutectic.merge.recipe import Recipe

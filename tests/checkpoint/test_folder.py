@@ -13,7 +13,7 @@ import torch
 from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.folder import copy_side_files, from_hub, model_card, open_folder, open_path, provenance
 from eutectic.checkpoint.safetensors import SafetensorsFile, Sharded
-from eutectic.checkpoint.writer import save_tensors
+from eutectic.checkpoint.save import save_tensors
 from eutectic.errors import CheckpointError, MissingDependencyError
 
 TENSORS = {"v": torch.zeros(2), "w": torch.ones(2)}

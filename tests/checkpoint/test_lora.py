@@ -13,7 +13,7 @@ import torch
 from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.folder import open_folder, open_path
 from eutectic.checkpoint.lora import open_lora
-from eutectic.checkpoint.writer import save_tensors
+from eutectic.checkpoint.save import save_tensors
 from eutectic.errors import CheckpointError
 
 A, B = "base_model.model.m.fc.lora_A.weight", "base_model.model.m.fc.lora_B.weight"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.safetensors import SafetensorsFile, Sharded, read_header
+from eutectic.checkpoint.save import save_tensors
 from eutectic.checkpoint.views import Cast, Overlay, Rename, Select
-from eutectic.checkpoint.writer import save_tensors
 from eutectic.errors import CheckpointError
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -13,10 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from eutectic.checkpoint import hashed, save
 from eutectic.checkpoint.base import Checkpoint, Memory
+from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.safetensors import SafetensorsFile, Sharded, read_header
+from eutectic.checkpoint.save import save_tensors
 from eutectic.checkpoint.spec import TensorSpec, layout_nbytes
-from eutectic.checkpoint.writer import SafetensorsWriter, published, require_space, save_tensors
+from eutectic.checkpoint.writer import SafetensorsWriter, require_space
 from eutectic.errors import CheckpointError, DiskFullError, OutputError
 
 ONE = {"w": TensorSpec((4,), torch.float32)}
@@ -32,10 +35,17 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 8, 50, 2**24])
+@pytest.fixture(params=[1, 8, 50, 2**20])
+def chunk(request, monkeypatch):
+    """Saving in chunks, and hashing in leaves, of so many elements."""
+    for module, name in ((save, "CHUNK"), (save, "LEAF"), (hashed, "LEAF")):
+        monkeypatch.setattr(module, name, request.param)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
-def test_any_chunking_writes_the_same_file(chunk_bytes, threads, tmp_path, tensors, assert_reads):
-    save_tensors(Memory(tensors), tmp_path, chunk_bytes=chunk_bytes, threads=threads)
+def test_any_chunking_writes_the_same_file(chunk, threads, tmp_path, tensors, assert_reads):
+    hashes = save_tensors(Memory(tensors), tmp_path, threads=threads)
+    assert hashes == {name: hashed.Hashed(Memory(tensors)).tensor_hash(name) for name in tensors}
     assert names(tmp_path) == ["model.safetensors"]
     with SafetensorsFile(tmp_path / "model.safetensors") as checkpoint:
         assert_reads(checkpoint, tensors)
@@ -43,11 +53,10 @@ def test_any_chunking_writes_the_same_file(chunk_bytes, threads, tmp_path, tenso
         assert checkpoint.metadata == {"format": "pt"}
 
 
-@pytest.mark.parametrize("chunk_bytes", [4, 2**20])
-def test_memory_that_is_not_contiguous(chunk_bytes, tmp_path, assert_reads):
+def test_memory_that_is_not_contiguous(chunk, tmp_path, assert_reads):
     torch.manual_seed(0)
     tensors = {"t": torch.rand(6, 4).T, "step": torch.rand(9)[::2], "wide": torch.rand(3, 1).expand(3, 5)}
-    save_tensors(Memory(tensors), tmp_path, chunk_bytes=chunk_bytes)
+    save_tensors(Memory(tensors), tmp_path)
     assert_reads(SafetensorsFile(tmp_path / "model.safetensors"), tensors)
 
 
@@ -91,10 +100,10 @@ def test_an_empty_checkpoint_is_a_file(tmp_path):
     assert SafetensorsFile(tmp_path / "model.safetensors").specs == {}
 
 
-def test_progress_is_told_and_may_stop_it(tmp_path, tensors):
+def test_progress_is_told_and_may_stop_it(chunk, tmp_path, tensors):
     seen = []
     total = layout_nbytes(Memory(tensors).specs)
-    save_tensors(Memory(tensors), tmp_path, chunk_bytes=64, progress=lambda done, of: seen.append((done, of)))
+    save_tensors(Memory(tensors), tmp_path, progress=lambda done, of: seen.append((done, of)))
     assert seen == sorted(seen)
     assert seen[-1] == (total, total)
 
@@ -104,7 +113,7 @@ def test_progress_is_told_and_may_stop_it(tmp_path, tensors):
     folder = tmp_path / "second"
     folder.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        save_tensors(Memory(tensors), folder, chunk_bytes=64, progress=stop)
+        save_tensors(Memory(tensors), folder, progress=stop)
     assert names(folder) == []
 
 

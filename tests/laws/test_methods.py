@@ -11,15 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from eutectic import registry
-from eutectic.checkpoint.base import Memory, fingerprint
-from eutectic.checkpoint.writer import save_tensors
-from eutectic.errors import EutecticError, LayoutError, NonFiniteError, ParameterError
-from eutectic.merge import api
-from eutectic.merge.run import save
-from eutectic.merge.view import Merged
-from eutectic.methods._method import build, signature_model, validated
 from tests.laws.cases import (
     CASES,
     INTEGERS,
@@ -35,6 +26,16 @@ from tests.laws.cases import (
     size,
 )
 
+from eutectic import registry
+from eutectic.checkpoint.base import Memory
+from eutectic.checkpoint.hashed import fingerprint
+from eutectic.checkpoint.save import save_tensors
+from eutectic.errors import EutecticError, LayoutError, NonFiniteError, ParameterError
+from eutectic.merge import api
+from eutectic.merge.run import save
+from eutectic.merge.view import Merged
+from eutectic.methods._method import build, signature_model, validated
+
 every_run = pytest.mark.parametrize("run", runs(), ids=run_id)
 every_method = pytest.mark.parametrize("name", NAMES)
 
@@ -45,9 +46,8 @@ def merged(name, parameters, base, experts, **options):
 
 
 def of_run(run, **options):
-    name, parameters, k = run
-    base = base_model()
-    return merged(name, parameters, base, experts_of(k), **options)
+    name, parameters, wanted = run
+    return merged(name, parameters, base_model(), experts_of(size(name, parameters, wanted)), **options)
 
 
 def whole(run):
@@ -73,10 +73,15 @@ def close(found, wanted):
 
 
 @every_run
-def test_any_chunk_is_the_whole(run):
+def test_neither_chunk_nor_order_nor_threads_change_a_bit(run):
     wanted = whole(run)
-    for chunk in (4096, 8192):
-        assert not differing(api.state_dict(of_run(run, chunk=chunk)), wanted), f"chunk {chunk}"
+    names = random.Random(0).sample(list(wanted), len(wanted))
+    one_by_one, at_once = of_run(run, chunk=8192), of_run(run, chunk=4096)
+    for name in names:
+        assert same(one_by_one.read(name), wanted[name]), f"{name} in chunks of 8192"
+    with ThreadPoolExecutor(4) as pool:
+        for name, found in zip(names, pool.map(at_once.read, names), strict=True):
+            assert same(found, wanted[name]), f"{name} in chunks of 4096, by four threads"
 
 
 @every_run
@@ -94,9 +99,9 @@ def test_any_range_is_a_slice_of_the_whole(run):
 
 @every_run
 def test_streamed_from_sharded_files_is_in_memory(run, tmp_path):
-    name, parameters, k = run
+    name, parameters, wanted = run
     base = base_model()
-    models = {"base": base, **experts_of(k)}
+    models = {"base": base, **experts_of(size(name, parameters, wanted))}
     for key, tensors in models.items():
         (tmp_path / key).mkdir()
         save_tensors(Memory(tensors), tmp_path / key, max_shard_bytes=30_000)
@@ -104,7 +109,7 @@ def test_streamed_from_sharded_files_is_in_memory(run, tmp_path):
     paths = {key: tmp_path / key for key in models if key != "base"}
     (tmp_path / "streamed").mkdir()
     with api.merge(name, tmp_path / "base", paths, **parameters) as lazy:
-        save_tensors(lazy, tmp_path / "streamed", max_shard_bytes=40_000, chunk_bytes=5_001, threads=3)
+        save_tensors(lazy, tmp_path / "streamed", max_shard_bytes=40_000, threads=3)
         save(lazy, tmp_path / "saved")
     wanted = api.state_dict(api.merge(name, base, {key: models[key] for key in paths}, **parameters))
     for folder in ("streamed", "saved"):
@@ -112,17 +117,15 @@ def test_streamed_from_sharded_files_is_in_memory(run, tmp_path):
             assert not differing(api.state_dict(found), wanted), folder
 
 
-@every_run
-def test_neither_order_nor_threads_change_a_bit(run):
-    wanted = whole(run)
-    names = [name for name in wanted for _ in range(2)]
-    random.Random(0).shuffle(names)
-    one_by_one, at_once = of_run(run, chunk=4096), of_run(run, chunk=4096)
-    for name in names:
-        assert same(one_by_one.read(name), wanted[name]), name
-    with ThreadPoolExecutor(4) as pool:
-        for name, found in zip(names, pool.map(at_once.read, names), strict=True):
-            assert same(found, wanted[name]), name
+@every_method
+def test_torchs_threads_do_not_change_a_bit(name):
+    random = torch.Generator().manual_seed(0)
+    base = {"matrix": torch.randn(300, 200, generator=random), "vector": torch.randn(70_000, generator=random)}
+    k = size(name, {})
+    experts = {str(i): {key: t + 0.1 * torch.randn(t.shape, generator=random) for key, t in base.items()} for i in range(k)}
+    wanted = api.state_dict(merged(name, {}, base, experts))
+    torch.set_num_threads(2)
+    assert not differing(api.state_dict(merged(name, {}, base, experts)), wanted)
 
 
 # ── what a merge must be ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -175,7 +178,7 @@ def test_one_expert_comes_back(name):
         least, _ = build(name, {}).experts
         if least == 1:
             pytest.skip("declared not to hold")
-        with pytest.raises(LayoutError, match=f"exactly {least}"):
+        with pytest.raises(LayoutError, match=f"(exactly|at least) {least}"):
             merged(name, {}, base_model(), experts_of(1))
         return
     base = base_model()
@@ -217,17 +220,26 @@ def test_the_order_of_the_named_experts_does_not_matter(name):
 
 
 @every_method
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("tensor", ["embed.weight", "block.qkv", "block.conv", "block.double", "scale", "transposed"])
-def test_nan_and_inf_are_reported_with_tensor_and_expert(name, bad, tensor):
+@pytest.mark.parametrize(
+    ("tensor", "bad"),
+    [
+        ("embed.weight", float("nan")),
+        ("block.qkv", float("inf")),
+        ("block.conv", float("nan")),
+        ("block.double", float("-inf")),
+        ("scale", float("nan")),
+        ("transposed", float("inf")),
+    ],
+)
+def test_nan_and_inf_are_reported_with_tensor_and_expert(name, tensor, bad):
     base = base_model()
     experts = experts_of(size(name, {}))
-    experts["expert 1"][tensor] = experts["expert 1"][tensor].clone()
-    experts["expert 1"][tensor].view(-1)[-1:].fill_(bad) if tensor != "transposed" else experts["expert 1"][tensor][3].fill_(
-        bad
-    )
+    last = list(experts)[-1]
+    broken = experts[last][tensor].clone()
+    broken[(-1,) * broken.ndim] = bad
+    experts[last][tensor] = broken
     lazy = merged(name, {}, base, experts)
-    with pytest.raises(NonFiniteError, match=rf"expert 'expert 1' \(<expert 1>\).*'{re.escape(tensor)}'"):
+    with pytest.raises(NonFiniteError, match=rf"expert '{last}' \(<{last}>\).*'{re.escape(tensor)}'"):
         lazy.read(tensor)
 
 
@@ -249,6 +261,8 @@ def test_huge_finite_weights_are_no_error(name):
     base = {"f": torch.zeros(3), "d": torch.zeros(3, dtype=torch.float64)}
     expert = {"f": torch.full((3,), 3e37), "d": torch.full((3,), 1e150, dtype=torch.float64)}
     found = api.state_dict(merged(name, parameters, base, {str(i): expert for i in range(k)}))
+    if case(name).identical is None:
+        return  # that there is no error is all that can be said
     gain = case(name).gain(k)
     torch.testing.assert_close(found["f"].double(), gain * expert["f"].double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(found["d"], gain * expert["d"], rtol=1e-12, atol=0)
@@ -259,14 +273,9 @@ def test_overflow_is_reported_and_not_written(name, tmp_path):
     parameters = case(name).overflow
     if parameters is None:
         pytest.skip("declared impossible")
-    k = size(name, parameters)
     base = {"w": torch.tensor([1.0, -2.0, 3.0], dtype=torch.float16)}
-    values = [6e4 if i < k - 1 else -6e4 for i in range(k)]
-    if name == "ties":  # votes must not cancel
-        values = [6e4] * k
-    if name == "slerp":  # parallel and far apart: the line overshoots
-        values = [1e4, 6e4]
-    experts = {f"e{i}": {"w": torch.full((3,), value, dtype=torch.float16)} for i, value in enumerate(values)}
+    values = [1e4, 6e4, 5e4, 4e4]
+    experts = {f"e{i}": {"w": torch.full((3,), values[i], dtype=torch.float16)} for i in range(size(name, parameters))}
     lazy = merged(name, parameters, base, experts)
     with pytest.raises(NonFiniteError, match=r"'w' overflows torch\.float16"):
         save(lazy, tmp_path / "out")
@@ -285,11 +294,16 @@ def test_misspelt_parameters_are_named_with_the_nearest(name):
 
 def _bad_values(schema):
     kinds = schema.get("anyOf", [schema])
+    types = {kind.get("type") for kind in kinds}
     yield from ({"a": "mapping"}, object())
-    if any(kind.get("type") in ("number", "integer") for kind in kinds):
-        yield from (float("nan"), float("inf"), "seven", [1])
-    if any(kind.get("type") == "array" for kind in kinds):
-        yield from ([float("nan")], ["seven"], 3)
+    if types & {"number", "integer"}:
+        yield from (float("nan"), float("inf"), "seven")
+    if "array" in types:
+        yield from ([float("nan")], ["seven"])
+    if "array" not in types:
+        yield [1]
+    if not types & {"number", "integer"}:
+        yield 3
     for kind in kinds:
         if "minimum" in kind:
             yield kind["minimum"] - 1
@@ -307,7 +321,7 @@ def _bad_values(schema):
 def test_parameters_out_of_range_are_named(name):
     for key, schema in signature_model(name).model_json_schema()["properties"].items():
         for bad in _bad_values(schema):
-            with pytest.raises(ParameterError, match=rf"method '{name}', parameter '{key}(\.\w+)*' = "):
+            with pytest.raises(ParameterError, match=rf"method '{name}', parameter '{key}(\.[^']*)?' = "):
                 build(name, {key: bad})
 
 
@@ -386,5 +400,5 @@ def test_declarations_are_of_registered_methods():
 
 
 def test_unknown_methods_are_refused_with_the_nearest():
-    with pytest.raises(EutecticError, match="no method is called 'tyes'. Did you mean 'ties'"):
+    with pytest.raises(EutecticError, match=r"no method is called 'tyes'. Did you mean 'ties'"):
         registry.get("methods", "tyes")

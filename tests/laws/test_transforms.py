@@ -207,7 +207,7 @@ def test_kth_magnitude_is_a_sort_in_any_order(density, kind):
 
 @pytest.mark.parametrize(("n", "density"), [(100_000_007, 0.3), (2**31, 0.2), (70_000_000_001, 0.2)])
 def test_ranks_are_exact_in_models_of_any_size(n, density):
-    high, low = kth_magnitude(density, "model")
+    high, _ = kth_magnitude(density, "model")
     counts = high.init(1)
     counts[0, 77] = n
     bin_K, rank_K = high.finish(counts)

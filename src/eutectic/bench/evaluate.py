@@ -27,6 +27,8 @@ from eutectic.record import Record
 from eutectic.task import Task
 
 Progress = Callable[[str], None]
+#: one of each family: what the demo shows in a minute
+REPRESENTATIVE = ("average", "task_arithmetic", "dare", "ties", "iso_c", "tsv_m")
 
 
 def evaluate(

@@ -25,8 +25,9 @@ from eutectic.bench.suite import Suite
 from eutectic.bench.vit import resized_positions
 from eutectic.checkpoint.base import Checkpoint, Memory, live
 from eutectic.checkpoint.folder import copy_side_files, from_hub, open_folder
-from eutectic.checkpoint.views import Cast
-from eutectic.checkpoint.writer import published, save_tensors
+from eutectic.checkpoint.publish import published
+from eutectic.checkpoint.save import save_tensors
+from eutectic.checkpoint.views import Cast, Select
 from eutectic.errors import MissingDependencyError, TaskError, UnknownNameError, did_you_mean
 from eutectic.tuning.lora import save_adapter
 from eutectic.tuning.trainer import Training, fine_tune
@@ -67,7 +68,7 @@ MINI = SuiteSpec(
     kind="vision",
     source="facebook/dinov2-small",
     tasks=("mnist", "fashion", "animals", "letters", "scripts", "indian_pines", "digits8", "openclipart"),
-    training=Training(steps=600, lr=3e-4, rank=16, alpha=16, shift=2),
+    training=Training(steps=600, lr=3e-4, rank=8, alpha=16, shift=2),
     sizes={"train": 2500, "val": 64, "adapt": 192, "test": 400},
     blocks=5,
     side=42,
@@ -95,7 +96,7 @@ TEXT = SuiteSpec(
     kind="text",
     source="sentence-transformers/all-MiniLM-L6-v2",
     tasks=("bbc", "movie", "amazon", "tweets", "spam", "wordnet", "brown", "debian"),
-    training=Training(steps=200, lr=5e-5),
+    training=Training(steps=150, lr=5e-5),
     sizes={"train": 8000, "val": 64, "adapt": 256, "test": 500},
     tokens=64,
     pooling="mean",
@@ -184,7 +185,9 @@ def _make_base(spec: SuiteSpec, target: Path, source: Path | None) -> None:
     if source is None:
         source = own if spec.name == "mini" and own.exists() else from_hub(spec.source)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    weights: Checkpoint = open_folder(source)
+    opened = open_folder(source)
+    # integer buffers of older transformers (position_ids) are in the file, but no longer in the network
+    weights: Checkpoint = Select(opened, lambda name: opened.spec(name).dtype.is_floating_point)
     if spec.blocks:
         config |= {"num_hidden_layers": spec.blocks, "image_size": spec.side}
         weights = _shortened(weights, spec.blocks, spec.side // config["patch_size"])
@@ -212,7 +215,8 @@ def _make_data(spec: SuiteSpec, out: Path, data: Path | None) -> dict[str, list[
         if spec.name != "mini":
             raise TaskError(f"the suite {spec.name!r} is made from a data folder: name it with --data")
         shutil.copyfile(packaged() / "data.npz", out / "data.npz")
-        return Suite(packaged()).info["tasks"]
+        classes = Suite(packaged()).classes
+        return {task: classes[task] for task in spec.tasks}
     tokenize = _tokenizer(out / "base", spec.tokens) if spec.kind == "text" else None
     stored: dict[str, np.ndarray] = {}
     classes = {}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -23,6 +23,10 @@ class Checkpoint(ABC):
 
     #: where it comes from, for error messages and provenance
     origin: str = "memory"
+    #: the files that hold its bytes, the weights' own first
+    files: tuple[Path, ...] = ()
+    #: whether these files hold all of it, so that equal files mean equal contents
+    durable: bool = False
 
     @property
     @abstractmethod
@@ -61,6 +65,10 @@ class Checkpoint(ABC):
         if not 0 <= start <= stop <= self.spec(name).numel:
             raise CheckpointError(f"{self.origin}: {name!r} has {self.spec(name).numel} elements, not {start}:{stop}")
         return self._read(name, start, stop)
+
+    def grain(self, name: str) -> int:
+        """How many elements of a tensor are best read together: fewer would cost as much."""
+        return 1
 
     def close(self) -> None:  # noqa: B027 — most checkpoints hold nothing open
         """Release files; reading afterwards is an error.  Nothing to do by default."""
@@ -104,17 +112,3 @@ def element_bytes(flat: Tensor) -> memoryview:
     """The bytes of a one-dimensional tensor, without a copy where it is contiguous."""
     # one element counts as contiguous whatever its stride, but cannot be viewed as bytes unless that is 1
     return flat.contiguous().as_strided((len(flat),), (1,)).view(torch.uint8).numpy().data
-
-
-def fingerprint(checkpoint: Checkpoint, chunk: int = 1 << 22) -> str:
-    """SHA-256 over names, shapes, dtypes and elements, in name order; reads everything once.
-
-    Equal contents have equal fingerprints, however they are sharded or stored.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(checkpoint.specs):
-        spec = checkpoint.specs[name]
-        digest.update(f"{name}\0{spec}\0".encode())
-        for start in range(0, spec.numel, chunk):
-            digest.update(element_bytes(checkpoint.read_flat(name, start, min(start + chunk, spec.numel))))
-    return digest.hexdigest()

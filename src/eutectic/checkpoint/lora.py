@@ -83,7 +83,8 @@ class Lora(Checkpoint):
     def __init__(self, base: Checkpoint, adapter: Checkpoint, config: dict[str, Any]) -> None:
         """Match every tensor of the adapter to one of ``base``.  Raises CheckpointError if one is left over or misfits."""
         self._base, self._adapter = base, adapter
-        self.origin = f"{adapter.origin} over {base.origin}"
+        self.origin, self.files = f"{adapter.origin} over {base.origin}", adapter.files + base.files
+        self.durable = adapter.durable and base.durable
         self._transposed = bool(config.get("fan_in_fan_out"))
         self._updates, self._replaced = _match(base, adapter, config)
 

@@ -60,7 +60,7 @@ class SafetensorsFile(Checkpoint):
     def __init__(self, path: str | Path) -> None:
         """Validate the header.  Raises CheckpointError as ``read_header`` does."""
         self._path = Path(path)
-        self.origin = str(path)
+        self.origin, self.files, self.durable = str(path), (Path(path),), True
         fd = _open(self._path)
         try:
             self._entries, self.metadata = _header(fd, self._path)
@@ -123,6 +123,8 @@ class Sharded(Checkpoint):
             self._shards[file] = SafetensorsFile(_shard_path(index, file))
         _require_agreement(self._shard_of, self._shards, index)
         self._specs = {name: self._shards[file].specs[name] for name, file in self._shard_of.items()}
+        self.durable = True
+        self.files = (index, *(shard.files[0] for shard in self._shards.values()))
 
     @property
     def specs(self) -> Layout:

@@ -1,28 +1,26 @@
-"""Writing safetensors: files of known size, filled in place and in any order, published whole or not at all."""
+"""Writing safetensors: files of known size, filled in place and in any order."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import secrets
 import shutil
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from eutectic.checkpoint.base import Checkpoint, element_bytes
+from eutectic.checkpoint.base import element_bytes
 from eutectic.checkpoint.spec import DTYPE_NAMES, Layout, TensorSpec, layout_nbytes
 from eutectic.errors import DiskFullError, OutputError, did_you_mean
 
 MAX_SHARD_BYTES = 5_000_000_000
-CHUNK_BYTES = 16 * 2**20
 #: the data of a file begin at a multiple of this, so that a reader may map pages, and any dtype is aligned
 _ALIGN = 4096
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -32,7 +30,8 @@ _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, er
 class SafetensorsWriter:
     """The files of one layout, at their full size from the start; chunks of tensors are written in any order.
 
-    As a context manager it finishes at the end, or removes its files if the body raises.
+    As a context manager it finishes at the end, or removes its files if the body raises; with ``resume`` it leaves them,
+    and takes up files that an earlier run left.
     """
 
     def __init__(
@@ -42,12 +41,14 @@ class SafetensorsWriter:
         *,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
+        resume: bool = False,
     ) -> None:
         """Create the files: ``model.safetensors``, or shards of at most ``max_shard_bytes`` (if tensors are no larger).
 
         Raises DiskFullError if they have no room, and OutputError if they exist or a tensor cannot be stored.
         """
         self._folder = Path(folder)
+        self._resume = resume
         self._layout = dict(layout)
         self._shards = plan_shards(layout, max_shard_bytes, {"format": "pt"} if metadata is None else metadata)
         self._shard_of = {name: shard for shard in self._shards for name in shard.begins}
@@ -55,7 +56,8 @@ class SafetensorsWriter:
         self._lock = threading.Lock()
         self._fds: dict[str, int] = {}
         self._made: list[Path] = []
-        require_space(self._folder, sum(shard.nbytes for shard in self._shards))
+        there = sum(path.stat().st_size for shard in self._shards if (path := self._folder / shard.file).exists())
+        require_space(self._folder, sum(shard.nbytes for shard in self._shards) - there)
         try:
             for shard in self._shards:
                 self._create(shard)
@@ -99,11 +101,24 @@ class SafetensorsWriter:
             self._write_index()
         self._close()
 
+    def read_back(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start:stop`` as they stand in the file."""
+        spec, shard = self._layout[name], self._shard_of[name]
+        at, size = shard.begins[name] + start * spec.dtype.itemsize, (stop - start) * spec.dtype.itemsize
+        with explained(self._folder / shard.file):
+            return torch.frombuffer(bytearray(os.pread(self._fds[shard.file], size, at)), dtype=spec.dtype)
+
+    def accept(self, name: str, elements: int) -> None:
+        """Count elements as written that an earlier run wrote."""
+        with self._lock:
+            self._written[name] += elements
+
     def discard(self) -> None:
-        """Close and remove all files of this writer."""
+        """Close, and remove all files of this writer that it may not leave for a later run."""
         self._close()
-        for path in self._made:
-            path.unlink(missing_ok=True)
+        if not self._resume:
+            for path in self._made:
+                path.unlink(missing_ok=True)
 
     def __enter__(self) -> SafetensorsWriter:
         """Use as a context manager to finish, or discard, at the end."""
@@ -123,7 +138,7 @@ class SafetensorsWriter:
     def _create(self, shard: Shard) -> None:
         path = self._folder / shard.file
         with explained(path, shard.nbytes):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | (0 if self._resume else os.O_EXCL), 0o666)
             self._fds[shard.file] = fd
             self._made.append(path)
             _reserve(fd, shard.nbytes)
@@ -144,72 +159,11 @@ class SafetensorsWriter:
         with explained(path):
             self._made.append(path)
             path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            _fsync(path)
+            fsync(path)
 
     def _close(self) -> None:
         while self._fds:
             os.close(self._fds.popitem()[1])
-
-
-def save_tensors(
-    checkpoint: Checkpoint,
-    folder: str | Path,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    chunk_bytes: int = CHUNK_BYTES,
-    threads: int = 2,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Walk any checkpoint once, chunk by chunk, into safetensors files in an existing folder.
-
-    At most ``threads`` chunks are in memory.  ``progress(bytes_done, bytes_total)`` is called from this thread; if it
-    raises, the save stops.  Whatever is raised, no file is left.  Raises OutputError and DiskFullError.
-    """
-    layout = dict(checkpoint.specs)
-    done, total = 0, layout_nbytes(layout)
-    with SafetensorsWriter(layout, folder, max_shard_bytes=max_shard_bytes) as writer:
-
-        def copy(chunk: tuple[str, int, int]) -> int:
-            name, start, stop = chunk
-            writer.write(name, start, checkpoint.read_flat(name, start, stop))
-            return (stop - start) * layout[name].dtype.itemsize
-
-        pool = ThreadPoolExecutor(threads, "eutectic-save")
-        try:
-            for nbytes in pool.map(copy, _chunks(layout, chunk_bytes)):
-                done += nbytes
-                if progress is not None:
-                    progress(done, total)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def published(folder: str | Path, *, replace: bool = False, inputs: Iterable[str | Path] = ()) -> Generator[Path, None, None]:
-    """A temporary folder that becomes ``folder`` in one rename if the body succeeds, and vanishes if it does not.
-
-    With ``replace`` an existing folder is swapped out once the new one is complete.  Raises OutputError before any work
-    if ``folder`` exists (or, with ``replace``, is no folder), or if it is, holds, or lies in one of ``inputs``.
-    """
-    folder = _refuse_output(Path(folder), replace, inputs)
-    made = [parent for parent in folder.parents if not parent.exists()]
-    partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
-    try:
-        with explained(folder):
-            partial.mkdir(parents=True)
-        with _explained_if_full(folder):
-            yield partial
-        with explained(folder):
-            for path in [*partial.rglob("*"), partial]:
-                _fsync(path)
-            _swap_in(partial, folder, replace)
-            _fsync(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not folder.exists():
-            for parent in made:
-                _remove_if_empty(parent)
-        raise
 
 
 def require_space(path: str | Path, needed_bytes: int) -> None:
@@ -275,13 +229,6 @@ def _shard(file: str, layout: Layout, metadata: Mapping[str, str]) -> Shard:
     return Shard(file, header, {name: len(header) + begin for name, begin in begins.items()}, len(header) + at)
 
 
-def _chunks(layout: Layout, chunk_bytes: int) -> Iterator[tuple[str, int, int]]:
-    for name, spec in layout.items():
-        step = max(1, chunk_bytes // spec.dtype.itemsize)
-        for start in range(0, spec.numel, step):
-            yield name, start, min(start + step, spec.numel)
-
-
 # ── the disk ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _MAKE_ROOM = "Free some space, or choose another disk."
@@ -291,7 +238,7 @@ _MAKE_ROOM = "Free some space, or choose another disk."
 def explained(path: Path, needed_bytes: int = 0) -> Generator[None, None, None]:
     """Turn an operating system's error into ours: OutputError, or DiskFullError if there is no room."""
     try:
-        with _explained_if_full(path, needed_bytes):
+        with explained_if_full(path, needed_bytes):
             yield
     except FileExistsError:
         raise OutputError(f"{path}: exists already. Choose another path.") from None
@@ -300,7 +247,7 @@ def explained(path: Path, needed_bytes: int = 0) -> Generator[None, None, None]:
 
 
 @contextmanager
-def _explained_if_full(path: Path, needed_bytes: int = 0) -> Generator[None, None, None]:
+def explained_if_full(path: Path, needed_bytes: int = 0) -> Generator[None, None, None]:
     """Only turn "no room" into ours: in a caller's code, other errors are the caller's."""
     try:
         yield
@@ -331,49 +278,10 @@ def _reserve(fd: int, nbytes: int) -> None:
     os.ftruncate(fd, nbytes)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Put a file, or a folder's list of names, on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _refuse_output(folder: Path, replace: bool, inputs: Iterable[str | Path]) -> Path:
-    """The resolved output folder, unless writing there would destroy something."""
-    if folder.is_symlink():
-        raise OutputError(f"{folder}: is a symlink. Name the folder itself.")
-    out = folder.resolve()
-    for source in (Path(source).resolve() for source in inputs):
-        if out.is_relative_to(source) or source.is_relative_to(out):
-            raise OutputError(f"{folder}: is, holds or lies in the input {source}. Choose another path.")
-    if out.exists() and not replace:
-        raise OutputError(f"{folder}: exists already. Choose another path, or pass replace=True (--force on the command line).")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{folder}: is a file, and only a folder is replaced. Choose another path.")
-    for precious in (Path.cwd(), Path.home()):
-        if out.exists() and precious.resolve().is_relative_to(out):
-            raise OutputError(f"{folder}: holds {precious}, and would be deleted with it. Choose another path.")
-    return out
-
-
-def _swap_in(partial: Path, folder: Path, replace: bool) -> None:
-    """Rename ``partial`` to ``folder``; an older folder steps aside first, and back if that fails."""
-    if not (replace and folder.exists()):
-        partial.rename(folder)
-        return
-    aside = folder.with_name(f".{folder.name}.old-{secrets.token_hex(4)}")
-    folder.rename(aside)
-    try:
-        partial.rename(folder)
-    except BaseException:
-        aside.rename(folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:
-        return

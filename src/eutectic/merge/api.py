@@ -49,6 +49,7 @@ def _is_hub_id(text: str) -> bool:
 
 def merge(
     method: str,
+    /,
     base: Source | None,
     experts: Sequence[Source] | Mapping[str, Source],
     *,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from eutectic.checkpoint.spec import layout_nbytes
 from eutectic.checkpoint.writer import require_space
+from eutectic.merge.compose import Composed
 from eutectic.merge.view import Merged
 
 
@@ -22,9 +23,9 @@ class Plan(NamedTuple):
     working_bytes: int
 
 
-def plan(merged: Merged, workers: int = 2) -> Plan:
+def plan(merged: Merged | Composed, workers: int = 2) -> Plan:
     """The plan of a merge; reads no tensor.  ``working_bytes`` is the arithmetic's memory beyond the process itself."""
-    inputs = [c for c in (merged.base, *merged.experts.values()) if c is not None]
+    inputs = list(merged.inputs.values())
     floats = [spec for spec in merged.specs.values() if spec.dtype.is_floating_point]
     chunk = min(merged.chunk, max((spec.numel for spec in floats), default=0))
     return Plan(
@@ -39,6 +40,6 @@ def plan(merged: Merged, workers: int = 2) -> Plan:
     )
 
 
-def check_space(merged: Merged, out: Path) -> None:
+def check_space(merged: Merged | Composed, out: Path) -> None:
     """Raise DiskFullError if the output will not fit the disk of ``out``."""
     require_space(out, layout_nbytes(merged.specs))

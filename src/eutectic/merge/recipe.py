@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import pydantic
 from pydantic import ConfigDict, Field
@@ -18,6 +19,9 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from eutectic import registry
 from eutectic.errors import ParameterError, RecipeError, UnknownNameError, did_you_mean
 from eutectic.methods._method import validated
+
+if TYPE_CHECKING:
+    from eutectic.merge.mergekit import MergekitRecipe
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 
@@ -53,9 +57,24 @@ class Recipe(pydantic.BaseModel):
     def _named(cls, experts: Any) -> Any:
         return {str(i): expert for i, expert in enumerate(experts)} if isinstance(experts, (list, tuple)) else experts
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The method, as ``AnyRecipe`` has it."""
+        return (self.method,)
+
+    @property
+    def base_models(self) -> tuple[str, ...]:
+        """The base, if it names one."""
+        return (self.base,) if self.base else ()
+
+    def as_data(self) -> dict[str, Any]:
+        """The recipe as JSON-ready data."""
+        return self.model_dump(mode="json")
+
     def canonical_json(self) -> str:
         """Sorted keys, no spaces, defaults spelled out: equal recipes give equal text (experts keep their order)."""
         data = self.model_dump(mode="json")
+        data["parameters"] = validated(self.method, self.parameters)
         data["experts"] = list(data["experts"].items())
         return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
@@ -66,50 +85,107 @@ class Recipe(pydantic.BaseModel):
     def to_yaml(self) -> str:
         """The recipe as YAML, without what is default."""
         stream = io.StringIO()
-        YAML(typ="safe", pure=True).dump(self.model_dump(mode="json", exclude_defaults=True), stream)
+        yaml = YAML(typ="safe", pure=True)
+        yaml.sort_base_mapping_type_on_output = False  # the order of the experts is part of the recipe
+        yaml.dump(self.model_dump(mode="json", exclude_defaults=True), stream)
         return stream.getvalue()
+
+
+class AnyRecipe(Protocol):
+    """What a saved folder needs to know of a recipe, in whichever schema it is."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that it names."""
+        ...
+
+    @property
+    def base_models(self) -> tuple[str, ...]:
+        """The base, if there is one, as the recipe names it."""
+        ...
+
+    def canonical_json(self) -> str:
+        """Equal recipes give equal text."""
+        ...
+
+    def sha256(self) -> str:
+        """Hash of the canonical JSON."""
+        ...
+
+    def to_yaml(self) -> str:
+        """For the model card."""
+        ...
+
+    def as_data(self) -> dict[str, Any]:
+        """For the provenance."""
+        ...
 
 
 def parse(text: str, source: str = "recipe") -> Recipe:
     """Read a recipe.  Raises RecipeError with ``source:line`` and the nearest word for one that is misspelt."""
-    try:
+    with _yaml_errors(source):
         data = YAML(typ="rt", pure=True).load(text)
+    if not isinstance(data, CommentedMap):
+        raise RecipeError(f"{source}:1: a recipe is a mapping with a `method:`")
+    _require_distinct_keys(data, source)
+    for key in data:
+        if key not in Recipe.model_fields:
+            raise RecipeError(
+                f"{source}:{line_of(data, [key])}: unknown key {key!r}.{did_you_mean(str(key), Recipe.model_fields)}"
+            )
+    try:
+        recipe = Recipe(**plain(data))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = [part for part in first["loc"] if part != "__root__"]
+        name = ".".join(map(str, where))
+        raise RecipeError(f"{source}:{line_of(data, where)}: {name}: {first['msg']}") from None
+    _check_method(recipe, data, source)
+    return recipe
+
+
+def load(path: Path, compat: bool = False) -> Recipe | MergekitRecipe:
+    """Read a recipe file in either schema: one whose top level has ``merge_method`` is mergekit's.
+
+    ``compat`` reads it as mergekit would, see ``parse_mergekit``.  Raises RecipeError with the path and line.
+    """
+    from eutectic.merge.mergekit import is_mergekit, parse_mergekit
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    if is_mergekit(documents(text, str(path))):
+        return parse_mergekit(text, str(path), compat)
+    if compat:
+        raise RecipeError(f"{path}:1: mergekit's conventions are for recipes in mergekit's schema, with a `merge_method:`")
+    return parse(text, str(path))
+
+
+def documents(text: str, source: str = "recipe") -> list[Any]:
+    """The documents of a YAML stream, with their lines; empty ones are left out.  Raises RecipeError."""
+    with _yaml_errors(source):
+        return [document for document in YAML(typ="rt", pure=True).load_all(text) if document is not None]
+
+
+@contextmanager
+def _yaml_errors(source: str) -> Iterator[None]:
+    try:
+        yield
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{source}:{line}: not YAML: {error.problem or error.context}") from None
     except YAMLError as error:
         raise RecipeError(f"{source}: not YAML: {error}") from None
-    if not isinstance(data, CommentedMap):
-        raise RecipeError(f"{source}:1: a recipe is a mapping with a `method:`")
-    for key in data:
-        if key not in Recipe.model_fields:
-            raise RecipeError(
-                f"{source}:{_line(data, [key])}: unknown key {key!r}.{did_you_mean(str(key), Recipe.model_fields)}"
-            )
-    try:
-        recipe = Recipe(**_plain(data))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = [part for part in first["loc"] if part != "__root__"]
-        name = ".".join(map(str, where))
-        raise RecipeError(f"{source}:{_line(data, where)}: {name}: {first['msg']}") from None
-    _check_method(recipe, data, source)
-    return recipe
-
-
-def load(path: Path) -> Recipe:
-    """Read a recipe file.  Raises RecipeError with the path and line."""
-    try:
-        return parse(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{source}: not YAML: nested too deeply") from None
 
 
 def _check_method(recipe: Recipe, data: CommentedMap, source: str) -> None:
     """The method's own checks, here so that their errors carry a line."""
     known = registry.names("methods")
     if recipe.method not in known:
-        line = _line(data, ["method"])
+        line = line_of(data, ["method"])
         raise UnknownNameError(f"{source}:{line}: no method is called {recipe.method!r}.{did_you_mean(recipe.method, known)}")
     for where, parameters in [(["parameters"], recipe.parameters)] + [
         (["overrides", i, "parameters"], override.parameters) for i, override in enumerate(recipe.overrides)
@@ -117,29 +193,45 @@ def _check_method(recipe: Recipe, data: CommentedMap, source: str) -> None:
         try:
             validated(recipe.method, parameters)
         except ParameterError as error:
-            bad = next((key for key in parameters if repr(key) in str(error)), None)
-            line = _line(data, [*where, bad] if bad is not None else where)
-            raise ParameterError(f"{source}:{line}: {error}") from None
+            raise ParameterError(f"{source}:{line_of(data, [*where, *error.where])}: {error}", error.where) from None
 
 
-def _plain(node: Any) -> Any:
-    """Ruamel's annotated containers and scalars as plain Python ones."""
+def _require_distinct_keys(node: Any, source: str) -> None:
+    """Refuse 1 and "1" as keys of one mapping: two in YAML, one in a recipe."""
+    if isinstance(node, CommentedMap):
+        seen: set[str] = set()
+        for key, value in node.items():
+            if str(key) in seen:
+                raise RecipeError(f"{source}:{line_of(node, [key])}: the key {str(key)!r} stands twice")
+            seen.add(str(key))
+            _require_distinct_keys(value, source)
+    elif isinstance(node, CommentedSeq):
+        for value in node:
+            _require_distinct_keys(value, source)
+
+
+def plain(node: Any) -> Any:
+    """Ruamel's annotated containers and scalars as plain Python ones, keys as text."""
     if isinstance(node, Mapping):
-        return {str(key): _plain(value) for key, value in node.items()}
+        return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
-        return [_plain(value) for value in node]
+        return [plain(value) for value in node]
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)
     return node
 
 
-def _line(node: Any, path: list[Any]) -> int:
-    """The 1-based line of the deepest part of ``path`` that the document has."""
+def line_of(node: Any, path: list[Any]) -> int:
+    """The 1-based line of the last part of ``path`` that the document has; parts that it lacks are passed over."""
     line = 1
     for part in path:
         if not isinstance(node, (CommentedMap, CommentedSeq)):
             break
+        if isinstance(node, CommentedSeq) and isinstance(part, str) and part.isdigit():
+            part = int(part)  # experts in a list are named by their place
+        if part not in (node if isinstance(node, CommentedMap) else range(len(node))):
+            continue
         try:
             line = (node.lc.key(part) if isinstance(node, CommentedMap) else node.lc.item(part))[0] + 1
             node = node[part]

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import hashlib
+import json
+import secrets
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from eutectic import record, registry
-from eutectic.checkpoint.base import Checkpoint, fingerprint
+from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.folder import copy_side_files, model_card, open_path, provenance
-from eutectic.checkpoint.writer import MAX_SHARD_BYTES, published, save_tensors
-from eutectic.errors import RecipeError
-from eutectic.merge.recipe import OverrideModel, Recipe
+from eutectic.checkpoint.hashed import Hashed
+from eutectic.checkpoint.publish import resumable
+from eutectic.checkpoint.save import save_tensors
+from eutectic.checkpoint.writer import MAX_SHARD_BYTES
+from eutectic.errors import CheckpointError, RecipeError
+from eutectic.merge.compose import Composed
+from eutectic.merge.recipe import AnyRecipe, Dtype, OverrideModel, Recipe
+from eutectic.merge.slices import relayered
 from eutectic.merge.view import Merged, Override
+from eutectic.methods._method import signature_model
+from eutectic.methods._threads import one_torch_thread
 
+if TYPE_CHECKING:
+    from eutectic.merge.mergekit import MergekitRecipe
+
+#: torch's dtypes in the words of a recipe
+DTYPE_WORDS: dict[torch.dtype, Dtype] = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 Progress = Callable[[str, int, int], None]  # what, done, total
 
 
@@ -23,8 +44,10 @@ def silent(what: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
-def merged_from(recipe: Recipe, folder: Path = Path()) -> Merged:
+def merged_from(recipe: Recipe | MergekitRecipe, folder: Path = Path()) -> Merged | Composed:
     """Open what a recipe names, paths relative to ``folder``, and bind its method.  Raises as Merged does, and RecipeError."""
+    if not isinstance(recipe, Recipe):
+        return recipe.open(folder)
     if recipe.suite is not None:
         raise RecipeError(f"the recipe names the suite {recipe.suite!r}; it is opened by `eutectic`, not by the merge engine")
     base = _open(recipe.base, folder) if recipe.base else None
@@ -36,7 +59,9 @@ def bind(recipe: Recipe, base: Checkpoint | None, experts: Mapping[str, Checkpoi
     """A recipe's method over checkpoints that are open already."""
     overrides = [Override(o.match, o.parameters) for o in recipe.overrides]
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
-    return Merged(recipe.method, base, experts, recipe.parameters, overrides, dtype)
+    takes_seed = "seed" in signature_model(recipe.method).model_fields
+    parameters = ({"seed": recipe.seed} if takes_seed else {}) | recipe.parameters
+    return Merged(recipe.method, base, experts, parameters, overrides, dtype)
 
 
 def _open(path: str, folder: Path) -> Checkpoint:
@@ -49,38 +74,109 @@ def save(
     out: Path | str,
     *,
     replace: bool = False,
-    recipe: Recipe | None = None,
+    recipe: AnyRecipe | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    threads: int = 2,
     progress: Progress = silent,
 ) -> Path:
     """Write any checkpoint as a Hugging Face folder, whole or not at all.
 
     Beside the weights go the base's config and tokenizer files, a model card (``README.md``) with recipe and citation, and
-    ``eutectic.json``: recipe, its hash, fingerprints of the inputs, versions.
-    Raises OutputError if ``out`` exists and ``replace`` is not set, DiskFullError, NonFiniteError; then nothing is left behind.
+    ``eutectic.json``: recipe, its hash, hashes of inputs and output, versions.  A run that was killed or stopped is carried on
+    by the same call, if the inputs are files.
+    Raises OutputError if ``out`` exists and ``replace`` is not set, DiskFullError, NonFiniteError; then nothing is left behind,
+    but for a disk that fills up half-way: what was written stays beside ``out``, for the same call to carry on.
     """
     out = Path(out)
-    sources = _sources(checkpoint)
-    folders = [folder for folder in map(_folder, sources.values()) if folder is not None]
-    with published(out, replace=replace, inputs=folders) as folder:
+    if isinstance(checkpoint, (Merged, Composed)):
         if isinstance(checkpoint, Merged):
             recipe = recipe or recipe_of(checkpoint)
-        donor = _folder(next(iter(sources.values())))
-        if donor is not None:
+        checkpoint = checkpoint.through(Hashed)
+        sources = checkpoint.inputs
+    else:
+        sources = {"source": checkpoint}
+    with resumable(out, _key(checkpoint, recipe, max_shard_bytes), replace=replace, inputs=_precious(checkpoint)) as (
+        folder,
+        journal,
+    ):
+        donor = sources[checkpoint.donor] if isinstance(checkpoint, Composed) else next(iter(sources.values()))
+        if donor.files:
             dtypes = {spec.dtype for spec in checkpoint.specs.values() if spec.dtype.is_floating_point}
-            copy_side_files(donor, folder, dtypes.pop() if len(dtypes) == 1 else None)
+            # an adapter's files come before those of the model that it adapts
+            copy_side_files(donor.files[-1].parent, folder, dtypes.pop() if len(dtypes) == 1 else None)
+        if isinstance(checkpoint, Composed) and (folder / "config.json").exists():
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            changed, _ = relayered(config, checkpoint.layers)
+            if changed != config:
+                text = json.dumps(changed, indent=2, ensure_ascii=False)
+                (folder / "config.json").write_text(text + "\n", encoding="utf-8")
         with one_torch_thread():
-            save_tensors(checkpoint, folder, max_shard_bytes=max_shard_bytes, progress=lambda *n: progress("merging", *n))
-        inputs = {}
-        for number, (name, source) in enumerate(sources.items()):
-            progress("fingerprints of the inputs", number, len(sources))
-            inputs[name] = {"origin": source.origin, "sha256": fingerprint(source)}
-        about = {"eutectic": record.versions()["eutectic"], "inputs": inputs, "versions": record.versions()}
+            if isinstance(checkpoint, (Merged, Composed)):
+                _measure(checkpoint, threads, progress)
+            hashes = save_tensors(
+                checkpoint,
+                folder,
+                max_shard_bytes=max_shard_bytes,
+                threads=threads,
+                journal=journal,
+                progress=lambda done, total: progress("merging", done, total),
+            )
+        about: dict[str, Any] = {"versions": record.versions(), "inputs": _inputs(sources), "blake3": hashes}
         if recipe is not None:
-            about |= {"recipe": recipe.model_dump(mode="json"), "recipe_sha256": recipe.sha256()}
-            (folder / "README.md").write_text(_card(out.name, recipe, sources), encoding="utf-8")
+            about |= {"recipe": recipe.as_data(), "recipe_sha256": recipe.sha256()}
+            (folder / "README.md").write_text(_card(out.name, recipe, checkpoint, sources), encoding="utf-8")
         (folder / "eutectic.json").write_text(provenance(about), encoding="utf-8")
     return out
+
+
+def verify(folder: Path) -> list[str]:
+    """Hash the tensors of a folder again; one line for each that is not what ``eutectic.json`` says, none if all are.
+
+    Raises CheckpointError if the folder has no such file, or it is not one of ours.
+    """
+    path = folder / "eutectic.json"
+    try:
+        expected: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["blake3"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: no provenance written by eutectic: {error}") from None
+    weights = Hashed(open_path(folder))
+    lines = [f"{name}: missing" for name in expected if name not in weights.specs]
+    for name in weights.specs:
+        if name not in expected:
+            lines.append(f"{name}: not in {path.name}")
+        elif weights.tensor_hash(name) != expected[name]:
+            lines.append(f"{name}: changed since it was written")
+    return lines
+
+
+def _precious(checkpoint: Checkpoint) -> set[Path]:
+    """What an output must not touch: the folders of models, and files that lie about by themselves."""
+    owned = ("config.json", "adapter_config.json")
+    return {file.parent if any((file.parent / name).exists() for name in owned) else file for file in checkpoint.files}
+
+
+def _key(checkpoint: Checkpoint, recipe: AnyRecipe | None, max_shard_bytes: int) -> str:
+    """What an unfinished output must agree in to be carried on; inputs that are no files are never the same twice."""
+    files = [(str(f.absolute()), (s := f.stat()).st_size, s.st_mtime_ns) for f in checkpoint.files]
+    identity = files if checkpoint.durable else secrets.token_hex(16)
+    said = recipe.canonical_json() if recipe else ""
+    return hashlib.sha256(repr((identity, said, max_shard_bytes, record.versions())).encode()).hexdigest()
+
+
+def _measure(merged: Merged | Composed, threads: int, progress: Progress) -> None:
+    names = list(merged.specs)
+    with ThreadPoolExecutor(threads, "eutectic-measure") as pool:
+        for number, _ in enumerate(pool.map(merged.prepare, names), start=1):
+            progress("measuring", number, len(names))
+
+
+def _inputs(sources: Mapping[str, Checkpoint]) -> dict[str, dict[str, str]]:
+    """Where each input came from and what was in it; one that the method did not read has no hash."""
+    found = {}
+    for name, source in sources.items():
+        hashed = source if isinstance(source, Hashed) else Hashed(source)
+        found[name] = {"origin": source.origin, "blake3": "" if hashed.untouched() else hashed.fingerprint()}
+    return found
 
 
 def recipe_of(merged: Merged) -> Recipe:
@@ -90,39 +186,19 @@ def recipe_of(merged: Merged) -> Recipe:
         base=merged.base.origin if merged.base is not None else None,
         experts={name: expert.origin for name, expert in merged.experts.items()},
         parameters=merged.parameters,
+        dtype=DTYPE_WORDS.get(merged.dtype) if merged.dtype is not None else None,
         overrides=tuple(OverrideModel(match=o.match, parameters=dict(o.parameters)) for o in merged.overrides),
     )
 
 
-def _sources(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
-    """The checkpoints that it was made of, the one whose config it keeps first."""
-    if not isinstance(checkpoint, Merged):
-        return {"source": checkpoint}
-    return ({"base": checkpoint.base} if checkpoint.base is not None else {}) | checkpoint.experts
-
-
-def _folder(checkpoint: Checkpoint) -> Path | None:
-    path = Path(checkpoint.origin)
-    return path if path.is_dir() else path.parent if path.is_file() else None
-
-
-def _card(title: str, recipe: Recipe, sources: Mapping[str, Checkpoint]) -> str:
+def _card(title: str, recipe: AnyRecipe, checkpoint: Checkpoint, sources: Mapping[str, Checkpoint]) -> str:
+    ran = [merged.method for merged in checkpoint.merges] if isinstance(checkpoint, Composed) else []
+    known = registry.names("methods")
     return model_card(
         title=title,
-        method=recipe.method,
-        base_model=[recipe.base] if recipe.base else [],
+        method=", ".join(recipe.methods),
+        base_model=recipe.base_models,
         models=list(sources),  # by name: a card is published, and where files lay on one machine is nobody's business
         recipe=recipe.to_yaml(),
-        citations=[registry.reference("methods", recipe.method)],
+        citations=list(dict.fromkeys(registry.reference("methods", name) for name in (*recipe.methods, *ran) if name in known)),
     )
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Chunks are spread over our own threads; torch's inside them would only compete."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

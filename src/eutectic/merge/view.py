@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.spec import Layout, TensorSpec, require_same_layout
-from eutectic.errors import LayoutError, NonFiniteError, RecipeError
+from eutectic.errors import LayoutError, NonFiniteError, ParameterError, RecipeError
 from eutectic.methods._method import BLOCK, Measure, Method, Scope, Site, build, validated
 
 #: Elements of one expert that are worked on at once (4 MiB in float32).  Larger chunks leave the processor's caches.
@@ -61,9 +62,14 @@ class Merged(Checkpoint):
             UnknownNameError, ParameterError: the method or its parameters.
             RecipeError: an override matches no tensor.
         """
-        if chunk % BLOCK:
-            raise ValueError(f"chunk must be a multiple of {BLOCK}, not {chunk}")
+        if chunk < BLOCK or chunk % BLOCK:
+            raise ValueError(f"chunk must be a positive multiple of {BLOCK}, not {chunk}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ParameterError(f"dtype = {dtype}: weights are floating-point numbers; give one of their dtypes")
         self.method, self.base, self.experts = method, base, dict(experts)
+        self.dtype = dtype
+        self.files = tuple(file for c in (base, *self.experts.values()) if c is not None for file in c.files)
+        self.durable = all(c.durable for c in (base, *self.experts.values()) if c is not None)
         self.parameters = validated(method, parameters or {})
         self.overrides = tuple(overrides)
         self.origin = f"{method}({', '.join(self.experts)})"
@@ -84,10 +90,7 @@ class Merged(Checkpoint):
             name: spec._replace(dtype=dtype) if dtype is not None and spec.dtype.is_floating_point else spec
             for name, spec in reference.specs.items()
         }
-        self._keys = {name: self._key(name) for name, spec in self._specs.items() if spec.dtype.is_floating_point}
-        for override in self.overrides:
-            if not fnmatch.filter(self._specs, override.match):
-                raise RecipeError(f"the override {override.match!r} matches no tensor of {reference.origin}")
+        self._keys = self._parameters_by_tensor()
         for key in set(self._keys.values()):
             self._methods[key] = build(method, json.loads(key))
 
@@ -104,24 +107,50 @@ class Merged(Checkpoint):
         if method.space == "delta" and self.base is None:
             raise LayoutError(f"{self.method} works on task vectors: name the `base` that the experts were fine-tuned from")
 
-    def _key(self, name: str) -> str:
-        """The parameters of one tensor's method, as canonical JSON: tensors with equal keys share a method and its stats."""
-        merged = dict(self.parameters)
+    def _parameters_by_tensor(self) -> dict[str, str]:
+        """Floating-point tensor → its parameters as canonical JSON: tensors with equal keys share a method and its stats."""
+        applied: dict[str, list[Override]] = {name: [] for name in self._specs}
         for override in self.overrides:
-            if fnmatch.fnmatchcase(name, override.match):
-                merged |= override.parameters
-        return json.dumps(validated(self.method, merged), sort_keys=True)
+            match = override.match
+            # a name as it is needs no search: there may be an override for each tensor
+            found = [match] if match in applied else [name for name in applied if fnmatch.fnmatchcase(name, match)]
+            if not found:
+                raise RecipeError(f"the override {match!r} matches no tensor of {self._reference.origin}")
+            for name in found:
+                applied[name].append(override)
+        keys: dict[tuple[int, ...], str] = {}
+        for overrides in applied.values():
+            if (same := tuple(map(id, overrides))) not in keys:
+                merged = dict(self.parameters)
+                for override in overrides:
+                    merged |= override.parameters
+                keys[same] = json.dumps(validated(self.method, merged), sort_keys=True)
+        return {
+            name: keys[tuple(map(id, overrides))]
+            for name, overrides in applied.items()
+            if self._specs[name].dtype.is_floating_point
+        }
 
     @property
     def specs(self) -> Layout:
         """The base's names and shapes, with the output's dtypes."""
         return self._specs
 
+    @property
+    def inputs(self) -> dict[str, Checkpoint]:
+        """``base``, if there is one, and the experts by name."""
+        return ({"base": self.base} if self.base is not None else {}) | {f"experts.{n}": c for n, c in self.experts.items()}
+
+    def through(self, view: Callable[[Checkpoint], Checkpoint]) -> Merged:
+        """The same merge of viewed inputs."""
+        experts = {name: view(expert) for name, expert in self.experts.items()}
+        base = view(self.base) if self.base is not None else None
+        return Merged(self.method, base, experts, self.parameters, self.overrides, self.dtype, self.chunk)
+
     def close(self) -> None:
         """Close the base and the experts."""
-        for checkpoint in (self.base, *self.experts.values()):
-            if checkpoint is not None:
-                checkpoint.close()
+        for checkpoint in self.inputs.values():
+            checkpoint.close()
 
     def passes(self) -> int:
         """How many times the inputs are read: once to apply, and once for each measurement."""
@@ -132,6 +161,11 @@ class Merged(Checkpoint):
         if name in self._keys:
             self._measured(name, len(self._methods[self._keys[name]].measures))
 
+    def grain(self, name: str) -> int:
+        """A method that needs the whole tensor computes all of it for any part."""
+        whole = name in self._keys and self._methods[self._keys[name]].scope is Scope.TENSOR
+        return max(1, self._specs[name].numel) if whole else 1
+
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         if name not in self._keys:
             return self._reference.read_flat(name, start, stop)
@@ -141,7 +175,8 @@ class Merged(Checkpoint):
         out = torch.empty(stop - start, dtype=spec.dtype)
         for first, last, shape in self._pieces(name, method, start, stop):
             x_K, base = self._stack(name, method, first, last)
-            site = Site(name, spec.shape, first, tuple(self.experts))
+            noise = _rounding(base, spec) if base is not None and method.scope is Scope.TENSOR else 0.0
+            site = Site(name, spec.shape, first, tuple(self.experts), noise)
             merged = method.apply(x_K.view(len(x_K), *shape), site, stats).reshape(-1)
             if base is not None:
                 merged = merged + base
@@ -212,7 +247,15 @@ def _row(spec: TensorSpec) -> int:
     return max(1, spec.numel if len(spec.shape) < 2 else spec.numel // max(1, spec.shape[0]))
 
 
+def _rounding(base: Tensor, spec: TensorSpec) -> float:
+    """The largest singular value to expect of the rounding of a matrix: that of noise of its size, with a margin of two."""
+    if len(spec.shape) != 2:
+        return 0.0
+    step = torch.finfo(base.dtype).eps * float(base.norm()) / math.sqrt(max(1, spec.numel))  # of a typical element
+    return 2 * step / math.sqrt(12) * (math.sqrt(spec.shape[0]) + math.sqrt(spec.shape[1]))
+
+
 def _require_finite(x: Tensor, message: str) -> None:
     # one cheap sum finds any NaN or Inf; only if it is odd do we look closely (a sum of finite numbers may overflow)
-    if not torch.isfinite(x.sum(dtype=torch.float32)) and not torch.isfinite(x.float()).all():
+    if not torch.isfinite(x.sum(dtype=torch.float32)) and not torch.isfinite(x.float() if x.itemsize == 1 else x).all():
         raise NonFiniteError(message)

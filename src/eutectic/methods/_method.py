@@ -7,6 +7,7 @@ group of rows ``[K, rows, *rest]`` (row scope) or a whole tensor ``[K, *shape]``
 from __future__ import annotations
 
 import enum
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ from eutectic.errors import ParameterError, did_you_mean
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Over = Literal["tensor", "model"]
@@ -38,12 +41,17 @@ class Scope(enum.Enum):
 
 
 class Site(NamedTuple):
-    """Where a chunk lies: the tensor's name and full shape, the flat index of its first element, the experts' names."""
+    """Where a chunk lies: the tensor's name and full shape, the flat index of its first element, the experts' names.
+
+    ``noise`` bounds the largest singular value of what rounding alone puts into a task vector: θₖ and θ₀ are stored in
+    float32, so their difference carries θ₀'s rounding.  It is known in tensor scope only.
+    """
 
     name: str
     shape: tuple[int, ...]
     start: int
     experts: tuple[str, ...]
+    noise: float = 0.0
 
 
 Stats = Mapping[str, Any]
@@ -82,7 +90,8 @@ class Method(NamedTuple):
 def chain(*links: Method, **fields: Any) -> Method:
     """Run methods one after the other; each measures what the links before it hand on.
 
-    The widest scope wins.  ``fields`` override ``space`` or ``experts`` of the result.
+    The widest scope wins, and the counts of experts that all links allow.  ``fields`` override ``space`` or ``experts`` of
+    the result.  Raises ParameterError if the links allow no common count.
     """
     scopes = list(Scope)
     measures: list[Measure] = []
@@ -92,7 +101,11 @@ def chain(*links: Method, **fields: Any) -> Method:
         measures += [_measured_after(before, prefix, measure) for measure in link.measures]
         before = _then(before, prefix, link.apply)
     scope = max((link.scope for link in links), key=scopes.index)
-    return Method(before, scope, tuple(measures))._replace(**fields)
+    least = max(link.experts[0] for link in links)
+    most = min((link.experts[1] for link in links if link.experts[1] is not None), default=None)
+    if most is not None and most < least:
+        raise ParameterError(f"parameters with one number an expert must agree in their length, got {most} and {least}")
+    return Method(before, scope, tuple(measures), experts=(least, most))._replace(**fields)
 
 
 def _identity(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
@@ -128,16 +141,35 @@ def validated(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [key for key in parameters if key not in schema.model_fields]
     if unknown:
         advice = did_you_mean(unknown[0], schema.model_fields) if schema.model_fields else " It takes none."
-        raise ParameterError(f"method {name!r} has no parameter {unknown[0]!r}.{advice}")
+        raise ParameterError(f"method {name!r} has no parameter {unknown[0]!r}.{advice}", (unknown[0],))
     try:
         model = schema(**parameters)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ParameterError(f"method {name!r}, parameter {where!r} = {first['input']!r}: {first['msg']}") from None
+        # pydantic also names the branch of a union: only the parameter and the index within a list are of use
+        path = tuple(part for i, part in enumerate(first["loc"]) if i == 0 or isinstance(part, int))
+        where = ".".join(map(str, path))
+        raise ParameterError(f"method {name!r}, parameter {where!r} = {first['input']!r}: {first['msg']}", path) from None
     return {key: getattr(model, key) for key in schema.model_fields}
 
 
+def build_inner(wrapper: str, name: str, parameters: Mapping[str, Any] | None) -> Method:
+    """The method that another one wraps, which it takes as its own parameters ``method`` and ``parameters``.
+
+    Raises UnknownNameError for the method, ParameterError for its parameters or if it does not work on task vectors.
+    """
+    try:
+        found = build(name, parameters or {})
+    except ParameterError as error:
+        raise ParameterError(f"method {wrapper!r}, parameter 'parameters' = {parameters!r}: {error}") from None
+    if found.space != "delta":
+        raise ParameterError(
+            f"method {wrapper!r}, parameter 'method' = {name!r}: it has to work on task vectors, not on weights"
+        )
+    return found
+
+
+@functools.cache
 def signature_model(name: str) -> type[pydantic.BaseModel]:
     """The method's signature as a pydantic model: its schema for recipes, the command line and the documentation."""
     factory = registry.get("methods", name)

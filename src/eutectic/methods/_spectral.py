@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from eutectic.methods._method import Method, Scope, Site, Stats
+from eutectic.methods._threads import one_torch_thread
+from eutectic.methods._transforms import total
 
 #: Tensors that are tables rather than maps, by name: their task vectors are averaged, as vectors' are.
 TABLES = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*.shared.weight")
@@ -23,19 +25,21 @@ class Svd(NamedTuple):
     Vh: Tensor
 
 
-def svd(x: Tensor) -> Svd:
+def svd(x: Tensor, noise: float = 0.0) -> Svd:
     """Decompose ``[m, n]`` by the eigenvectors of its smaller Gram matrix in float64.
 
     Squaring costs half of the digits of float64, which leaves float32's.  Directions below 10⁻⁶ of the largest singular
     value are float32's rounding and are dropped: low-rank task vectors have no arbitrary directions in their null space.
+    So are those up to ``noise``, for differences of larger matrices, whose rounding they inherit.
     """
     if x.shape[0] > x.shape[1]:
-        turned = svd(x.T)
+        turned = svd(x.T, noise)
         return Svd(turned.Vh.T, turned.s, turned.U.T)
     wide = x.double()
-    squares, U = torch.linalg.eigh(wide @ wide.T)
+    with one_torch_thread():
+        squares, U = torch.linalg.eigh(wide @ wide.T)
     s = squares.clamp(min=0).sqrt().flip(0)
-    rank = int((s > 1e-6 * s[:1]).sum())
+    rank = int((s > (1e-6 * s[:1]).clamp(min=noise)).sum())
     U, s = U.flip(1)[:, :rank], s[:rank]
     return Svd(U.to(x.dtype), s.to(x.dtype), ((U / s).T @ wide).to(x.dtype))
 
@@ -46,11 +50,39 @@ def polar(x: Tensor) -> Tensor:
     return found.U @ found.Vh
 
 
-def on_matrices(apply: Callable[[Tensor], Tensor], tables: Sequence[str] = TABLES) -> Method:
-    """Apply ``[K, m, n] → [m, n]`` to the task vectors of matrices; all other tensors get the mean over the experts."""
+def filtered(x_K: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
+    """From the sum of ``[K, m, n]`` towards WUDI's least-squares solution, direction by direction of their rows.
+
+    With Cₖ = τₖᵀτₖ / ‖τₖ‖² and C = Σ Cₖ = V diag(λ) Vᵀ it is M₀ − M₀ V diag(f) Vᵀ + D V diag(f/λ) Vᵀ, where M₀ = Σ τₖ,
+    D = Σ τₖ Cₖ and f = ``keep(λ)``, for λ falling: f = 1 everywhere minimises Σ ‖(M − τₖ) τₖᵀ‖² / ‖τₖ‖², f = 0 leaves M₀.
+    """
+    wide_K = x_K.double()
+    size_K = wide_K.flatten(1).norm(dim=1).view(-1, 1, 1)
+    unit_K = wide_K / torch.where(size_K > 0, size_K, 1)
+    found = svd(unit_K.flatten(0, 1))  # its right singular vectors are V, its singular values √λ
+    V, curve = found.Vh.T, found.s.square()
+    f = keep(curve)
+    start = wide_K.sum(0)
+    pull = sum((unit @ (unit.T @ (wide @ V)) for unit, wide in zip(unit_K, wide_K, strict=True)), torch.zeros_like(start @ V))
+    return (start + (pull * (f / curve) - start @ V * f) @ V.T).to(x_K.dtype)
+
+
+def on_matrices(apply: Callable[[Tensor, float], Tensor], tables: Sequence[str] = TABLES) -> Method:
+    """Apply ``([K, m, n], noise) → [m, n]`` to the task vectors of matrices; all other tensors get the experts' mean.
+
+    ``noise`` is the site's: directions that are no stronger are rounding.
+    """
 
     def whole(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        is_map = x_K.ndim == 3 and min(x_K.shape[1:]) > 1 and not any(fnmatch.fnmatchcase(site.name, t) for t in tables)
-        return apply(x_K) if is_map else x_K.mean(0)
+        if not is_map(site, tables):
+            return total(x_K) / len(x_K)
+        with one_torch_thread():
+            return apply(x_K, site.noise)
 
     return Method(whole, scope=Scope.TENSOR)
+
+
+def is_map(site: Site, tables: Sequence[str] = TABLES) -> bool:
+    """Whether a tensor is a matrix that maps vectors: two axes, both above 1, and no table by its name."""
+    shape = site.shape
+    return len(shape) == 2 and min(shape) > 1 and not any(fnmatch.fnmatchcase(site.name, table) for table in tables)

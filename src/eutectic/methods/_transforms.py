@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,8 +12,8 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import ParameterError
-from eutectic.methods._measures import kth_magnitude, magnitude_bits
-from eutectic.methods._method import Method, Over, Site, Stats
+from eutectic.methods._measures import kth_magnitude, magnitude_bits, order_statistics
+from eutectic.methods._method import Method, Over, Scope, Site, Stats
 
 
 def trim(density: float, over: Over) -> Method:
@@ -31,24 +33,107 @@ def trim(density: float, over: Over) -> Method:
     return Method(apply, measures=kth_magnitude(density, over))
 
 
-def drop(density: float, seed: int) -> Method:
+def drop(density: float | Sequence[float], seed: int) -> Method:
     """Keep each element with probability ``density``, independently, and divide the kept ones by it.
 
     The coin of an element is a counter-based random number of (seed, tensor name, expert name, flat index): it depends
     on neither threads, order nor chunking.
     """
-    if density == 0:
-        raise ParameterError("density = 0 drops everything and cannot be rescaled; give a density above 0")
+    _require_density(density)
 
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        n = x_K[0].numel()
-        kept = []
-        for x, expert in zip(x_K, site.experts, strict=True):
-            keep = random_uint32((seed, site.name, expert), site.start, n) < density * 2.0**32
-            kept.append(torch.where(torch.from_numpy(keep).view(x.shape), x, 0))
-        return torch.stack(kept) / density
+        rows = zip(x_K, each(density, len(x_K)), site.experts, strict=True)
+        return torch.stack([_toss(x, p, (seed, site.name, expert), site.start) for x, p, expert in rows])
 
-    return Method(apply)
+    return Method(apply, experts=count_of(density))
+
+
+def magprune(density: float | Sequence[float], epsilon: float, seed: int) -> Method:
+    """``drop``, where within each row the keep probability climbs evenly with the rank of the magnitude.
+
+    The smallest of a row is kept with probability ``density − epsilon``, the largest with ``density + epsilon``; equal
+    magnitudes rank by their place.  Each kept element is divided by its own probability; density 1 keeps all as it is.
+    """
+    _require_density(density)
+    for p in [density] if isinstance(density, (int, float)) else density:
+        if p < 1 and not epsilon < p <= 1 - epsilon:
+            raise ParameterError(
+                f"density = {p} ± epsilon = {epsilon} leaves the probabilities ]0, 1]; "
+                f"give an epsilon below {min(p, 1 - p):.6g}, or density 1, which drops nothing"
+            )
+
+    def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
+        pruned = []
+        for x, p, expert in zip(as_rows(x_K, site), each(density, len(x_K)), site.experts, strict=True):
+            last = x.shape[-1] - 1
+            rank = torch.argsort(torch.argsort(x.abs(), dim=-1, stable=True), dim=-1)  # 0 is the smallest
+            lift = (2 * rank.double() - last) / max(1, last)  # −1 … 1; 0 for a row of one
+            pruned.append(x if p == 1 else _toss(x, p + epsilon * lift, (seed, site.name, expert), site.start))
+        return torch.stack(pruned).view(x_K.shape)
+
+    return Method(apply, Scope.ROW, experts=count_of(density))
+
+
+def band(density: float | Sequence[float], gamma: float) -> Method:
+    """Zero the largest magnitudes of each expert's tensor, and the smallest: what is kept ranks right after the former.
+
+    round(gamma · N) are the largest, and max(1, round(density · N)) are kept, with what ties with either end of them.
+    Density 0 keeps nothing.
+    """
+    for p in [density] if isinstance(density, (int, float)) else density:
+        if p + gamma > 1 + 1e-9:
+            raise ParameterError(f"density = {p} and gamma = {gamma} ask for more than all entries; their sum may be 1 at most")
+
+    def twice(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
+        return x_K.reshape(len(x_K), -1).repeat(2, 1)
+
+    def ends(n_Q: Tensor) -> Tensor:
+        n_K = n_Q[: len(n_Q) // 2].double()
+        kept_K = (n_K * torch.tensor(each(density, len(n_K))[: len(n_K)], dtype=torch.float64)).round().clamp(min=1)
+        cut_K = torch.minimum((n_K * gamma).round(), n_K - kept_K).clamp(min=0)
+        return torch.cat([cut_K + 1, cut_K + kept_K]).long()
+
+    def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
+        highest_K, lowest_K = stats["threshold"].view(2, -1, *[1] * (x_K.ndim - 1))
+        some_K = torch.tensor(each(density, len(x_K))).view(-1, *[1] * (x_K.ndim - 1)) > 0
+        bits = magnitude_bits(x_K)
+        return torch.where((bits <= highest_K) & (bits >= lowest_K) & some_K, x_K, 0)
+
+    return Method(apply, measures=order_statistics(twice, ends, "tensor"), experts=count_of(density))
+
+
+def each(values: float | Sequence[float], k: int) -> list[float]:
+    """One number for each of k experts, of one for all or a list."""
+    return [values] * k if isinstance(values, (int, float)) else list(values)
+
+
+def count_of(*parameters: float | Sequence[float] | None) -> tuple[int, int | None]:
+    """The allowed number of experts, (least, most), that lists with one entry an expert imply.
+
+    Raises ParameterError if two lists differ in length.
+    """
+    counts = {len(values) for values in parameters if values is not None and not isinstance(values, (int, float))}
+    if len(counts) > 1 or 0 in counts:
+        raise ParameterError(f"parameters with one number an expert must agree in their length, got {sorted(counts)}")
+    return (1, None) if not counts else (min(counts), min(counts))
+
+
+def as_rows(x_K: Tensor, site: Site) -> Tensor:
+    """``[K, rows, row]``, however the chunk was cut: all of a vector is one row, else all but the first axis."""
+    row = math.prod(site.shape[1:] if len(site.shape) > 1 else site.shape)
+    return x_K.reshape(len(x_K), -1, max(1, row))
+
+
+def _require_density(density: float | Sequence[float]) -> None:
+    if density == 0 or (not isinstance(density, (int, float)) and 0 in density):
+        raise ParameterError("density = 0 drops everything and cannot be rescaled; give a density above 0")
+
+
+def _toss(x: Tensor, p: float | Tensor, key: tuple[int | str, ...], start: int) -> Tensor:
+    """Divide by p where the element's coin, of probability p, says so; else 0."""
+    each_p = p.flatten().numpy() if isinstance(p, Tensor) else p
+    keep = torch.from_numpy(random_uint32(key, start, x.numel()) < each_p * 2.0**32).view(x.shape)
+    return torch.where(keep, x, 0) / (p.to(x.dtype) if isinstance(p, Tensor) else p)
 
 
 def random_uint32(key: tuple[int | str, ...], start: int, n: int) -> np.ndarray:
@@ -64,22 +149,42 @@ def random_uint32(key: tuple[int | str, ...], start: int, n: int) -> np.ndarray:
     return words.view(np.uint32)[skip : skip + n]
 
 
+def total(x_K: Tensor) -> Tensor:
+    """Σ x_k, added in the experts' order.
+
+    ``sum(0)`` adds whole vectors and remainders in different orders; this gives an element the same bits whatever lies
+    beside it.
+    """
+    return functools.reduce(torch.add, x_K)
+
+
+def weighted(weights: Sequence[float], x_K: Tensor) -> Tensor:
+    """Σ w_k x_k, added in the experts' order, as in ``total``."""
+    return functools.reduce(torch.add, (x * weight for x, weight in zip(x_K, weights, strict=True)))
+
+
 def elect() -> Method:
     """Zero whatever disagrees in sign with the total mass Σ x_k of its element; a total of exactly 0 elects nobody."""
 
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        return torch.where(x_K * torch.sign(x_K.sum(0)) > 0, x_K, 0)
+        return torch.where(x_K * torch.sign(total(x_K)) > 0, x_K, 0)
 
     return Method(apply)
 
 
-def disjoint_mean() -> Method:
-    """Mean over the experts whose element is not zero; 0 where there is none."""
+def disjoint_mean(weights: Sequence[float] | None = None) -> Method:
+    """Mean over the experts whose element is not zero; 0 where there is none.
+
+    With weights Σ w_k x_k / Σ |w_k|, both over those experts; 0 where all of these weights are.
+    """
 
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        return x_K.sum(0) / x_K.count_nonzero(0).clamp(min=1)
+        if weights is None:
+            return total(x_K) / x_K.count_nonzero(0).clamp(min=1)
+        mass = weighted([abs(weight) for weight in weights], (x_K != 0).to(x_K.dtype))
+        return weighted(weights, x_K) / torch.where(mass > 0, mass, 1)
 
-    return Method(apply)
+    return Method(apply, experts=count_of(weights))
 
 
 def weighted_sum(weights: Sequence[float] | float) -> Method:
@@ -87,10 +192,15 @@ def weighted_sum(weights: Sequence[float] | float) -> Method:
 
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
         if isinstance(weights, (int, float)):
-            return x_K.sum(0) * weights
-        return torch.tensordot(torch.tensor(list(weights), dtype=x_K.dtype), x_K, dims=1)
+            return total(x_K) * weights
+        return weighted(weights, x_K)
 
     return Method(apply, experts=(1, None) if isinstance(weights, (int, float)) else (len(weights), len(weights)))
+
+
+def active(epsilon: float) -> Method:
+    """Zero the elements whose magnitude is not above ``epsilon``."""
+    return Method(lambda x_K, site, stats: torch.where(x_K.abs() > epsilon, x_K, 0))
 
 
 def scale_by(factor: float) -> Method:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from eutectic.errors import ParameterError
 from eutectic.methods._method import Finite, Method
-from eutectic.methods._transforms import weighted_sum
+from eutectic.methods._transforms import total, weighted_sum
 
 REFERENCE = "Wortsman et al., Model soups, ICML 2022, arXiv:2203.05482"
 
@@ -24,9 +24,9 @@ def average(weights: list[Finite] | None = None) -> Method:
     be given; its greedy soup needs data and is not this method.
     """
     if weights is None:
-        return Method(lambda x_K, site, stats: x_K.mean(0), space="weight")
-    total = sum(weights)
-    if total == 0:
+        return Method(lambda x_K, site, stats: total(x_K) / len(x_K), space="weight")
+    mass = sum(weights)
+    if mass == 0:
         raise ParameterError(f"average: the weights {weights} sum to zero, so they have no mean")
-    link = weighted_sum([weight / total for weight in weights])
+    link = weighted_sum([weight / mass for weight in weights])
     return link._replace(space="weight")

@@ -23,6 +23,7 @@ def dare(density: Fraction = 0.5, scale: Finite = 0.3, seed: Seed = 0) -> Method
     Raises:
         ParameterError: density is 0.
 
-    Source: Yu et al., ICML 2024, arXiv:2311.03099, equations 1 to 3, merged by task arithmetic.
+    Source: Yu et al., ICML 2024, arXiv:2311.03099, equations 1 to 3, merged by task arithmetic.  Differs from mergekit, which
+    rescales to the L1 norm from before the drop instead of dividing by p.
     """
     return chain(drop(density, seed), weighted_sum(scale))

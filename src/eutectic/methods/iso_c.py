@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from eutectic.methods._method import Finite, Method, chain
 from eutectic.methods._spectral import on_matrices, svd
-from eutectic.methods._transforms import scale_by
+from eutectic.methods._transforms import scale_by, total
 
 REFERENCE = "Marczak et al., No task left behind: isotropic model merging, ICML 2025, arXiv:2502.04959"
 #: candidates for a choice on validation data
-GRID = {"scale": (0.5, 0.75, 1.0, 1.5, 2.0)}
+GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)}
 
 
 def iso_c(scale: Finite = 1.0) -> Method:
@@ -25,8 +27,8 @@ def iso_c(scale: Finite = 1.0) -> Method:
     (LoRA experts): directions without strength stay out, and the mean is over those that have some.
     """
 
-    def flatten(x_K: Tensor) -> Tensor:
-        found = svd(x_K.sum(0))
+    def flatten(x_K: Tensor, noise: float) -> Tensor:
+        found = svd(total(x_K), noise * math.sqrt(len(x_K)))
         return found.s.sum() / max(1, len(found.s)) * (found.U @ found.Vh)
 
     return chain(on_matrices(flatten), scale_by(scale))

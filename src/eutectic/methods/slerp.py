@@ -36,10 +36,12 @@ def slerp(t: Finite = 0.5) -> Method:
 
 def _coefficients(gram_KK: list[list[float]], t: float) -> tuple[float, float]:
     (aa, ab), (_, bb) = gram_KK
-    norms = math.sqrt(aa * bb)
-    cosine = max(-1.0, min(1.0, ab / norms)) if norms else 1.0
-    # sin from the Gram determinant: 1 − cos² loses all digits for nearly parallel tensors
-    sine = math.sqrt(max(0.0, aa * bb - ab * ab)) / norms if norms else 0.0
+    a, b = math.sqrt(aa), math.sqrt(bb)
+    if not a or not b:
+        return 1 - t, t
+    cosine = max(-1.0, min(1.0, ab / a / b))
+    # (1 − c)(1 + c), not 1 − c²: it keeps the digits of nearly parallel tensors
+    sine = math.sqrt((1 - cosine) * (1 + cosine))
     if sine < 1e-6:
         return 1 - t, t
     omega = math.atan2(sine, cosine)

@@ -11,7 +11,7 @@ from eutectic.methods._transforms import scale_by
 
 REFERENCE = "Gargiulo et al., Task singular vectors, CVPR 2025, arXiv:2412.00081"
 #: candidates for a choice on validation data
-GRID = {"scale": (0.5, 0.75, 1.0, 1.5, 2.0)}
+GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)}
 
 
 def tsv_m(scale: Finite = 1.0) -> Method:
@@ -28,9 +28,9 @@ def tsv_m(scale: Finite = 1.0) -> Method:
     directions without strength are not counted among the ⌊r / K⌋, so that they do not disturb the whitening.
     """
 
-    def whiten(x_K: Tensor) -> Tensor:
+    def whiten(x_K: Tensor, noise: float) -> Tensor:
         kept = max(1, min(x_K.shape[1:]) // len(x_K))
-        parts = [svd(x) for x in x_K]
+        parts = [svd(x, noise) for x in x_K]
         U = torch.cat([part.U[:, :kept] for part in parts], dim=1)
         s = torch.cat([part.s[:kept] for part in parts])
         Vh = torch.cat([part.Vh[:kept] for part in parts])

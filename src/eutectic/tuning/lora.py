@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eutectic.checkpoint.base import Memory
-from eutectic.checkpoint.writer import save_tensors
+from eutectic.checkpoint.save import save_tensors
 
 
 class LoraLinear(nn.Module):

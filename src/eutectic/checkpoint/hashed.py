@@ -1,0 +1,84 @@
+"""Content hashes that come for free: taken of what is read anyway, in whatever order and by however many threads."""
+
+from __future__ import annotations
+
+from typing import final
+
+from blake3 import blake3
+from torch import Tensor
+
+from eutectic.checkpoint.base import Checkpoint, element_bytes
+from eutectic.checkpoint.spec import Layout
+
+#: Elements of a leaf.  Reads that begin and end at its multiples (or at the tensor's end) are hashed as they pass.
+LEAF = 1 << 18
+
+
+@final
+class Hashed(Checkpoint):
+    """The checkpoint below, unchanged, whose tensors are hashed as they are read.
+
+    A tensor's hash is BLAKE3 (O'Connor et al., 2020) over the BLAKE3 hashes of its leaves of 262,144 elements.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Nothing is read now."""
+        self._below, self.origin = checkpoint, checkpoint.origin
+        self.files, self.durable = checkpoint.files, checkpoint.durable
+        self._leaves: dict[str, dict[int, bytes]] = {name: {} for name in checkpoint.specs}
+
+    @property
+    def specs(self) -> Layout:
+        """As below."""
+        return self._below.specs
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        flat = self._below._read(name, start, stop)
+        if start % LEAF == 0 and (stop % LEAF == 0 or stop == self.specs[name].numel):
+            leaves = self._leaves[name]
+            if start // LEAF not in leaves:
+                leaves.update(enumerate(leaf_hashes(flat), start // LEAF))
+        return flat
+
+    def tensor_hash(self, name: str) -> str:
+        """The hash of one tensor's elements; reads what has not passed yet."""
+        leaves, numel = self._leaves[name], self.specs[name].numel
+        count = -(-numel // LEAF)
+        for leaf in range(count):
+            if leaf not in leaves:
+                self._read(name, leaf * LEAF, min((leaf + 1) * LEAF, numel))
+        return root_hash([leaves[leaf] for leaf in range(count)])
+
+    def fingerprint(self) -> str:
+        """One hash over names, shapes, dtypes and elements, in name order; reads what has not passed yet.
+
+        Equal contents have equal fingerprints, however they are sharded or stored.
+        """
+        whole = blake3()
+        for name in sorted(self.specs):
+            whole.update(f"{name}\0{self.specs[name]}\0{self.tensor_hash(name)}\n".encode())
+        return whole.hexdigest()
+
+    def untouched(self) -> bool:
+        """Whether nothing was hashed yet."""
+        return not any(self._leaves.values())
+
+    def close(self) -> None:
+        """Close the checkpoint below."""
+        self._below.close()
+
+
+def leaf_hashes(flat: Tensor) -> list[bytes]:
+    """The hashes of the leaves of a chunk that begins at a leaf's beginning."""
+    data, step = element_bytes(flat), LEAF * flat.element_size()
+    return [blake3(data[at : at + step]).digest() for at in range(0, len(data), step)]
+
+
+def root_hash(leaves: list[bytes]) -> str:
+    """The hash of a tensor from those of its leaves, in order."""
+    return blake3(b"".join(leaves)).hexdigest()
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """``Hashed.fingerprint`` of a checkpoint, which is read once for it."""
+    return Hashed(checkpoint).fingerprint()
