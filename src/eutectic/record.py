@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,7 +23,8 @@ class Record:
 
     ``value``, ``low`` and ``high`` are in the metric's unit (accuracy: a fraction of 1); ``low`` and ``high``
     bound the 95 % interval over the ``n`` scored samples.  ``method`` is ``pretrained``, ``individual`` or a
-    registered method.  ``wall_s`` and ``peak_rss_bytes`` are of the step that made the number.
+    registered method.  ``wall_s`` and ``peak_rss_bytes`` are of the step that made the number; ``inputs`` are the
+    fingerprints of the weights that went into it.
     """
 
     suite: str
@@ -81,8 +83,17 @@ def _version(package: str) -> str:
         return "unknown"
 
 
+def reset_peak_rss() -> None:
+    """Begin anew to look for the peak of resident memory, where the system can (Linux); elsewhere it is that of the process."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far, in bytes."""
+    """The largest resident memory of this process, in bytes, since it began or ``reset_peak_rss``."""
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -75,15 +75,19 @@ def run_suite(
     network = suite.backbone()
     common = {"suite": suite.name, "seed": seed, "protocol": "inductive"}
     progress("pretrained")
-    yield from _with_mean(evaluate(network, suite.tasks, method="pretrained", **common))
+    record.reset_peak_rss()
+    base = {"base": suite.fingerprints["base"]}
+    yield from _with_mean(evaluate(network, suite.tasks, method="pretrained", inputs=base, **common))
     individual = []
     for task in suite.tasks:
         progress(f"individual: {task.name}")
         fill(network, suite.expert(task.name))
-        individual += evaluate(network, [task], method="individual", **common)
+        inputs = {task.name: suite.fingerprints[task.name]}
+        individual += evaluate(network, [task], method="individual", inputs=inputs, **common)
     yield from _with_mean(individual)
     for method in methods:
-        yield from run_method(suite, network, method, progress, common)
+        record.reset_peak_rss()
+        yield from run_method(suite, network, method, progress, common | {"inputs": suite.fingerprints})
 
 
 def run_method(

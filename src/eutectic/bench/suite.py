@@ -24,6 +24,7 @@ from eutectic.bench.backbones import backbone
 from eutectic.bench.heads import PrototypeHead
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.folder import open_folder
+from eutectic.checkpoint.hashed import fingerprint
 from eutectic.checkpoint.lora import open_lora
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.views import Cast
@@ -74,6 +75,12 @@ class Suite:
         """One task.  Raises UnknownNameError, TaskError."""
         self._require(name)
         return Task(name, self._head(name).eval(), **{split: self.arrays(name, split) for split in SPLITS})
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """The content hashes of ``base`` and of the experts by task; reads all of them once."""
+        weights = {"base": self.base} | self.experts()
+        return {name: fingerprint(checkpoint) for name, checkpoint in weights.items()}
 
     def backbone(self, weights: Checkpoint | None = None) -> nn.Module:
         """The network in evaluation mode with the given weights, θ₀ by default."""
