@@ -25,6 +25,7 @@ check: .venv/.stamp-dev ## format, lint, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/docs.py --check
 
 bench: .venv/.stamp-core ## list the benchmarks; RUN=name runs benchmarks/name.py (with ARGS)
 ifdef RUN

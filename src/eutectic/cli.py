@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from eutectic.merge.compose import Composed
     from eutectic.merge.recipe import AnyRecipe
     from eutectic.merge.view import Merged
+    from eutectic.record import Record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 zoo_app = typer.Typer(no_args_is_help=True, help="Suites of real experts: build them, list them.")
@@ -181,7 +182,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="A folder with records.jsonl, or such a file.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
-    """Show the records of a run as a table, and write its report.html again."""
+    """Show the records of a run as a table; given its folder, also write its report.html again."""
     from eutectic import record
     from eutectic.bench import report as reporting
 
@@ -192,7 +193,9 @@ def report(
     if markdown:
         print(reporting.markdown(records))
     else:
-        _show(records, path.parent)
+        _show(records)
+        if run.is_dir():
+            (run / "report.html").write_text(reporting.html(records, title=f"{records[0].suite}"), encoding="utf-8")
 
 
 @zoo_app.command("list")
@@ -227,14 +230,14 @@ def _open_recipe(path: Path, compat: Compat | None = None) -> tuple[AnyRecipe, M
     from eutectic.bench.evaluate import suite_recipe
     from eutectic.merge.recipe import Recipe, load
     from eutectic.merge.run import merged_from
+    from eutectic.merge.view import Merged
 
     recipe = load(path, compat is not None)
-    if isinstance(recipe, Recipe):
-        return recipe, suite_recipe(recipe) if recipe.suite else merged_from(recipe, path.parent)
-    composed = recipe.open(path.parent)
-    for note in composed.notes:
-        print(f"note: {note}", file=sys.stderr)
-    return recipe, composed
+    merged = suite_recipe(recipe) if isinstance(recipe, Recipe) and recipe.suite else merged_from(recipe, path.parent)
+    if not isinstance(merged, Merged):
+        for note in merged.notes:
+            print(f"note: {note}", file=sys.stderr)
+    return recipe, merged
 
 
 def _run(suite: str, out: Path, only: tuple[str, ...] | None) -> None:
@@ -242,32 +245,40 @@ def _run(suite: str, out: Path, only: tuple[str, ...] | None) -> None:
 
     from eutectic import record
     from eutectic.bench import evaluate as scoring
+    from eutectic.bench import report as reporting
     from eutectic.bench.zoo import open_suite
+    from eutectic.checkpoint.writer import explained
 
     opened = open_suite(suite)
     chosen = only or scoring.applicable(opened)
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "records.jsonl"
-    path.unlink(missing_ok=True)
+    partial = path.with_suffix(".partial")
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
     records = []
-    with Console(stderr=True).status("starting") as status:
-        for found in scoring.run_suite(opened, chosen, progress=status.update):
-            record.append(path, [found])
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        progress = status.update if console.is_terminal else lambda line: print(line, file=sys.stderr, flush=True)
+        for found in scoring.run_suite(opened, chosen, progress=progress):
+            record.append(partial, [found])
             records.append(found)
-    _show(records, out)
+    partial.replace(path)
+    _show(records)
+    html = out / "report.html"
+    html.write_text(reporting.html(records, title=f"{opened.name}: {len(chosen)} ways to fuse its experts"), encoding="utf-8")
+    print(f"records: {path}\nreport:  {html}")
 
 
-def _show(records: list, out: Path) -> None:
+def _show(records: list[Record]) -> None:
     from rich.console import Console
 
     from eutectic.bench import report as reporting
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a pipe has no width of its own, and 80 columns would fold the names
     console.print(reporting.table(records), crop=False)
-    (out / "report.html").write_text(
-        reporting.html(records, title=f"{records[0].suite}: {len(records)} records"), encoding="utf-8"
-    )
-    print(f"records: {out / 'records.jsonl'}\nreport:  {out / 'report.html'}")
 
 
 @contextmanager

@@ -110,6 +110,10 @@ class Task:
                     f"task {self.name!r}, split {split!r}: logits {tuple(logits.shape)} do not fit labels "
                     f"{tuple(labels.shape)} in {int(labels.min())}…{int(labels.max())}"
                 )
+            if not torch.isfinite(logits).all():
+                raise TaskError(
+                    f"task {self.name!r}, split {split!r}: the network's outputs are not finite; its weights are broken"
+                )
             hits += int((logits.argmax(1) == labels).sum())
             n += len(labels)
         backbone.train(was_training)

@@ -62,6 +62,9 @@ def test_missing_split_empty_split_and_labels_beyond_the_head_are_named():
         task.score(Backbone())
     with pytest.raises(TaskError, match=r"shapes.*'val'.*do not fit labels"):
         task.score(Backbone(), "val")
+    broken = Task("t", lambda features: first_class(features) * float("nan"), test=(X, Y))
+    with pytest.raises(TaskError, match="not finite"):
+        broken.score(Backbone())
     with pytest.raises(TaskError, match="stream"):
         Task("t", first_class, adapt=[(X, Y)]).arrays("adapt")
 

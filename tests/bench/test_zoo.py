@@ -10,7 +10,7 @@ from eutectic.bench import evaluate as scoring
 from eutectic.bench import sources, zoo
 from eutectic.checkpoint.folder import open_folder
 from eutectic.checkpoint.hashed import fingerprint
-from eutectic.errors import RecipeError, TaskError, UnknownNameError
+from eutectic.errors import LayoutError, RecipeError, TaskError, UnknownNameError
 from eutectic.merge import run
 from eutectic.merge.recipe import Recipe
 from eutectic.task import SPLITS
@@ -118,6 +118,11 @@ def test_suite_recipes_choose_among_the_suites_experts(short):
     assert list(scoring.suite_recipe(Recipe(method="average", suite=folder, experts=["letters"])).experts) == ["letters"]
     with pytest.raises(RecipeError, match="only names among mnist, letters"):
         scoring.suite_recipe(Recipe(method="average", suite=folder, experts=["fashion"]))
+    with pytest.raises(RecipeError, match="twice"):
+        scoring.suite_recipe(Recipe(method="average", suite=folder, experts=["mnist", "mnist"]))
+    with pytest.raises(LayoutError, match="no experts"):
+        scoring.suite_recipe(Recipe(method="average", suite=folder, experts=[]))
+    assert list(scoring.suite_recipe(Recipe(method="average", suite=folder, experts={"digits": "mnist"})).experts) == ["digits"]
     with pytest.raises(RecipeError, match="leave out `base`"):
         scoring.suite_recipe(Recipe(method="average", suite=folder, base="x"))
 

@@ -279,10 +279,10 @@ def test_an_existing_folder_is_refused_before_any_work(tmp_path):
 
 def test_replace_swaps_the_folder_and_nothing_stale_survives(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "stale").write_text("1")
+    (tmp_path / "out" / "stale.safetensors").write_text("1")
     with published(tmp_path / "out", replace=True) as folder:
         (folder / "fresh").write_text("2")
-        assert names(tmp_path / "out") == ["stale"]
+        assert names(tmp_path / "out") == ["stale.safetensors"]
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["fresh"]
 
@@ -291,7 +291,7 @@ def test_replace_swaps_the_folder_and_nothing_stale_survives(tmp_path):
 def test_a_failed_replacement_leaves_the_old_folder(stage, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("1")
+    (out / "old.safetensors").write_text("1")
     rename = type(out).rename
 
     def fail(self, target=None):
@@ -303,7 +303,7 @@ def test_a_failed_replacement_leaves_the_old_folder(stage, tmp_path, monkeypatch
     with pytest.raises(OutputError, match="out: cannot be written: I/O error"), published(out, replace=True):
         pass
     assert names(tmp_path) == ["out"]
-    assert names(out) == ["old"]
+    assert names(out) == ["old.safetensors"]
 
 
 def test_a_file_a_link_and_a_home_are_not_replaced(tmp_path, monkeypatch):
@@ -336,3 +336,11 @@ def test_a_neighbour_of_an_input_is_no_input(tmp_path):
     with published(tmp_path / "base-merged", inputs=[tmp_path / "base"]):
         pass
     assert names(tmp_path) == ["base", "base-merged"]
+
+
+def test_a_folder_without_a_model_is_not_replaced(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="thesis: holds no model"), published(tmp_path / "thesis", replace=True):
+        pass
+    assert names(tmp_path / "thesis") == ["thesis.txt"]

@@ -25,6 +25,8 @@ from eutectic.merge.view import Merged
 LAYERS = 4
 Q = "model.layers.{}.self_attn.q_proj.weight"
 DOWN = "model.layers.{}.mlp.down_proj.weight"
+TOKENS = [*(f"t{i}" for i in range(28)), "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"]
+VOCABULARY = {token: i for i, token in enumerate(TOKENS)}
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -64,6 +66,7 @@ def zoo(llama, tmp_path_factory):
         (root / name).mkdir(parents=True)
         save_tensors(Memory(tensors), root / name)
         (root / name / "config.json").write_text(json.dumps(config, default=str))
+        (root / name / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordLevel", "vocab": VOCABULARY}}))
     return root, models
 
 
@@ -250,7 +253,8 @@ def test_slerp_by_slices(opened, zoo):
     for name, value in t.items():
         close(composed.read(name), slerp(models["org/chat-7b"][name], models["org/math-7b"][name], value))
     assert set(composed.specs) == set(models["org/chat-7b"])
-    assert composed.tokenizer == TokenizerSpec("base")
+    assert parse_mergekit(SLERP).result.tokenizer == TokenizerSpec("base")
+    assert composed.tokenizer.vocabulary.tokens == VOCABULARY
 
 
 def write_lora(folder, base, rank=2, alpha=4):
@@ -279,8 +283,15 @@ def test_dare_ties_with_an_adapter_and_a_tokenizer(opened, zoo):
     assert list(composed.inputs) == ["org/base-7b", "org/run-a", "org/chat-7b", "org/base-7b+org/med-lora"]
     lora = composed.inputs["org/base-7b+org/med-lora"]
     close(lora.read(Q.format(1)), models["org/base-7b"][Q.format(1)] + delta)
-    assert composed.chat_template == "auto"
-    assert composed.tokenizer == TokenizerSpec(
+    assert composed.chat_template is None
+    assert any("no model has a chat template" in note for note in composed.notes)
+    assert composed.specs[EMBED].shape == composed.specs[HEAD].shape == (64, 16)
+    assert composed.tokenizer.vocabulary.tokens == VOCABULARY | {"<|tool|>": 32, "<|unused|>": 33}
+    torch.testing.assert_close(  # all models start from the row that the rule names
+        composed.read(EMBED)[32], models["org/run-a"][EMBED][31].bfloat16(), rtol=2**-7, atol=0
+    )
+    assert not composed.read(EMBED)[33].any()
+    assert parse_mergekit(DARE).result.tokenizer == TokenizerSpec(
         "union",
         {
             "<|im_start|>": {"source": "org/chat-7b"},
@@ -332,7 +343,8 @@ def vl(zoo):
     found = {"base": base, "math": tuned(base, 11, 0.5), "ocr": tuned(base, 12, 0.5)}
     for name, tensors in found.items():
         if not (root / "vl" / name).exists():
-            write_model(root / "vl" / name, tensors)
+            folder = write_model(root / "vl" / name, tensors)
+            (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "of": name}))
     return found
 
 
@@ -674,17 +686,6 @@ slices:
 """
     models = zoo[1]
     close(opened(text).read(Q.format(0)), (models["org/base-7b"][Q.format(2)] + models["org/run-a"][Q.format(2)]) / 2)
-
-
-def test_align_is_called_with_the_models_of_a_document(zoo):
-    seen = []
-
-    def align(spec, models, base):
-        seen.append((spec.source, list(models), base))
-        return models
-
-    parse_mergekit(SLERP).open(zoo[0], align=align).close()
-    assert seen == [("base", ["org/chat-7b", "org/math-7b"], "org/chat-7b")]
 
 
 # ── layers ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,8 @@ from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.folder import open_folder
 from eutectic.checkpoint.hashed import Hashed, fingerprint
 from eutectic.checkpoint.save import save_tensors
-from eutectic.merge import run
+from eutectic.checkpoint.views import Lerp
+from eutectic.merge import api, run
 from eutectic.merge.recipe import Recipe
 
 RECIPE = Recipe(method="ties", base="base", experts={"a": "a", "b": "b"}, parameters={"density": 0.3})
@@ -189,3 +190,30 @@ def test_provenance_names_hashes_of_inputs_and_output_and_verify_finds_a_changed
     (out / "eutectic.json").unlink()
     with pytest.raises(errors.CheckpointError, match=r"eutectic\.json: no provenance"):
         run.verify(out)
+
+
+def test_views_and_merges_of_merges_are_never_carried_on_by_others(models, tmp_path):
+    """Their own settings are in no file, so equal files do not mean equal contents."""
+    base, a, b = (open_folder(models / name) for name in ("base", "a", "b"))
+
+    def lerp(t):
+        return Lerp(base, a, t)
+
+    def nested(scale):
+        return api.merge("average", None, [api.merge("task_arithmetic", base, [a], scale=scale), b])
+
+    for number, make in enumerate((lerp, nested)):
+        out = tmp_path / str(number)
+        with pytest.raises(Stopped):
+            run.save(make(0.1), out, progress=stop_after(3))
+        run.save(make(0.9), out)
+        assert fingerprint(open_folder(out)) == fingerprint(make(0.9))
+    assert run.recipe_of(nested(0.1)).sha256() != run.recipe_of(nested(0.9)).sha256()
+
+
+def test_nothing_stale_survives_a_resumption(models, tmp_path):
+    with pytest.raises(Stopped):
+        merge(models, tmp_path / "out", progress=stop_after(3))
+    (tmp_path / ".out.partial" / "chat_template.jinja").write_text("from a base that has it no more")
+    out = merge(models, tmp_path / "out")
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "eutectic.json", "model.safetensors"]

@@ -28,7 +28,7 @@ from eutectic.task import Task
 
 Progress = Callable[[str], None]
 #: one of each family: what the demo shows in a minute
-REPRESENTATIVE = ("average", "task_arithmetic", "dare", "ties", "iso_c", "tsv_m")
+REPRESENTATIVE = ("average", "task_arithmetic", "ties", "tsv_m")
 
 
 def evaluate(
@@ -64,16 +64,16 @@ def evaluate(
     return found
 
 
-def run_suite(
-    suite: Suite, methods: Sequence[str], *, seed: int = 0, progress: Progress = lambda line: None
-) -> Iterator[Record]:
+def run_suite(suite: Suite, methods: Sequence[str], *, progress: Progress = lambda line: None) -> Iterator[Record]:
     """θ₀, the experts one by one, and every method on a suite's test sets; ends each with a ``mean`` record.
 
     A method's ``GRID`` is searched on the tasks' ``val`` splits (labelled training images that no expert saw), never on
     ``test``; ties go to the first candidate.
     """
+    for method in methods:
+        merge_suite(suite, method, {})  # what cannot be merged is refused before an hour of scoring
     network = suite.backbone()
-    common = {"suite": suite.name, "seed": seed, "protocol": "inductive"}
+    common = {"suite": suite.name, "seed": 0, "protocol": "inductive"}
     progress("pretrained")
     record.reset_peak_rss()
     base = {"base": suite.fingerprints["base"]}
@@ -149,8 +149,12 @@ def suite_recipe(recipe: Recipe) -> Merged:
             f"the recipe takes base and experts from the suite {recipe.suite!r}: leave out `base`, and in `experts` list only "
             f"names among {', '.join(suite.classes)}"
         )
-    chosen = list(recipe.experts.values()) or None
-    return bind(recipe, suite.base, suite.experts(chosen))
+    if "experts" not in recipe.model_fields_set:
+        return bind(recipe, suite.base, suite.experts())
+    if len(set(recipe.experts.values())) < len(recipe.experts):
+        raise RecipeError(f"`experts` names one of the suite's twice: {', '.join(recipe.experts.values())}")
+    listed = list(recipe.experts) == [str(i) for i in range(len(recipe.experts))]
+    return bind(recipe, suite.base, {task if listed else name: suite.expert(task) for name, task in recipe.experts.items()})
 
 
 def fields_of(model: Path) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def fields_of(model: Path) -> dict[str, Any]:
             "seed": recipe["seed"],
             "protocol": recipe["protocol"],
         }
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {"method": model.name}
 
 

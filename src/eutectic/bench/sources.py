@@ -90,8 +90,7 @@ def _fresh(part: tuple[np.ndarray, np.ndarray], random: np.random.Generator, see
     """The part in random order without inputs seen before; adds to ``seen``."""
     kept = []
     for i in random.permutation(len(part[1])):
-        value = part[0][i]
-        key = value.encode() if isinstance(value, str) else value.tobytes()
+        key = part[0][i].tobytes()
         if key not in seen:
             seen.add(key)
             kept.append(i)

@@ -44,6 +44,8 @@ class Suite:
             self.info: dict[str, Any] = json.loads((folder / "suite.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise TaskError(f"{folder}: no suite is here (suite.json: {error}); build it with `eutectic zoo build`") from None
+        if not isinstance(self.info, dict) or not {"name", "side", "tasks", "settings"} <= self.info.keys():
+            raise TaskError(f"{folder / 'suite.json'}: lacks a name, tasks or settings; build the suite anew")
         self.name: str = self.info["name"]
         self.classes: Mapping[str, list[str]] = self.info["tasks"]
 
@@ -63,7 +65,7 @@ class Suite:
 
     def experts(self, names: list[str] | None = None) -> dict[str, Checkpoint]:
         """Task → expert, all or those named."""
-        return {name: self.expert(name) for name in names or self.classes}
+        return {name: self.expert(name) for name in (self.classes if names is None else names)}
 
     @functools.cached_property
     def tasks(self) -> list[Task]:

@@ -7,6 +7,7 @@ is published in its folder is not made again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from eutectic.checkpoint.folder import copy_side_files, from_hub, open_folder
 from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.save import save_tensors
 from eutectic.checkpoint.views import Cast, Select
+from eutectic.checkpoint.writer import explained
 from eutectic.errors import MissingDependencyError, TaskError, UnknownNameError, did_you_mean
 from eutectic.tuning.lora import save_adapter
 from eutectic.tuning.trainer import Training, fine_tune
@@ -96,7 +98,7 @@ TEXT = SuiteSpec(
     kind="text",
     source="sentence-transformers/all-MiniLM-L6-v2",
     tasks=("bbc", "movie", "amazon", "tweets", "spam", "wordnet", "brown", "debian"),
-    training=Training(steps=150, lr=5e-5),
+    training=Training(steps=100, lr=5e-5),
     sizes={"train": 8000, "val": 64, "adapt": 256, "test": 500},
     tokens=64,
     pooling="mean",
@@ -159,7 +161,12 @@ def build(spec: SuiteSpec, out: Path, data: Path | None = None, base: Path | Non
     Raises TaskError if ``out`` was begun with other settings, or no data folder was named.
     """
     settings = json.loads(json.dumps(dataclasses.asdict(spec)))  # as they read back
-    out.mkdir(parents=True, exist_ok=True)
+    if data is not None and not data.is_dir():
+        raise TaskError(f"{data}: no such folder of data sets")
+    if base is not None and not (base / "config.json").is_file():
+        raise TaskError(f"{base}: no Hugging Face folder (it lacks config.json); name one with --base")
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
     if (out / "suite.json").exists() and Suite(out).info["settings"] != settings:
         raise TaskError(f"{out} was begun with other settings; remove it, or build into another folder")
     if not (out / "base").exists():
@@ -217,7 +224,8 @@ def _make_data(spec: SuiteSpec, out: Path, data: Path | None) -> dict[str, list[
         shutil.copyfile(packaged() / "data.npz", out / "data.npz")
         classes = Suite(packaged()).classes
         return {task: classes[task] for task in spec.tasks}
-    tokenize = _tokenizer(out / "base", spec.tokens) if spec.kind == "text" else None
+    # converted first, so that splits are disjoint as the network sees them
+    convert = _tokenizer(out / "base", spec.tokens) if spec.kind == "text" else functools.partial(_fitted, side=spec.side)
     stored: dict[str, np.ndarray] = {}
     classes = {}
     for task in spec.tasks:
@@ -225,9 +233,11 @@ def _make_data(spec: SuiteSpec, out: Path, data: Path | None) -> dict[str, list[
         if task in spec.keep:
             raw = sources.keep_classes(raw, spec.keep[task])
         classes[task] = raw.classes
+        (train, train_labels), (test, test_labels) = raw.train, raw.test
+        raw = sources.Raw((convert(train), train_labels), (convert(test), test_labels), raw.classes)
         for split, (inputs, labels) in sources.split(raw, spec.sizes, spec.training.seed).items():
-            stored[f"{task}.{split}.inputs"] = tokenize(inputs) if tokenize else _fitted(inputs, spec.side)
-            stored[f"{task}.{split}.labels"] = labels.astype(np.uint8)
+            stored[f"{task}.{split}.inputs"] = inputs
+            stored[f"{task}.{split}.labels"] = labels.astype(np.int16)
     with (out / "data.npz.partial").open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **stored)
     (out / "data.npz.partial").rename(out / "data.npz")

@@ -49,7 +49,6 @@ class Aligned(Checkpoint):
         """
         self._below = models[name]
         self.origin, self.files = self._below.origin, self._below.files
-        self.durable = all(model.durable for model in models.values())
         self._map, self._reach = alignment.maps[name], alignment.reach[name]
         self._means: dict[str, Tensor] = {}
         self._lock = threading.Lock()
@@ -60,7 +59,7 @@ class Aligned(Checkpoint):
         #: tensor → position of a model → that model's checkpoint and the name of its tensor
         self._tables = {
             tensor: {i: (other, _counterpart(self._below, tensor, other, needed[i])) for i, other in others.items()}
-            for tensor in _vocabulary_tensors(self._below)
+            for tensor in vocabulary_tensors(self._below.specs)
         }
         if not self._tables:
             raise LayoutError(
@@ -136,10 +135,10 @@ class Aligned(Checkpoint):
 # ── tensors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _vocabulary_tensors(checkpoint: Checkpoint) -> list[str]:
-    """The embeddings, heads and heads' biases, by their names and ranks."""
+def vocabulary_tensors(layout: Layout) -> list[str]:
+    """The embeddings, heads and heads' biases, whose rows are tokens, by their names and ranks."""
     found = []
-    for name, spec in checkpoint.specs.items():
+    for name, spec in layout.items():
         rank = len(spec.shape)
         if (_WEIGHTS.fullmatch(name) and rank == 2) or (_BIASES.fullmatch(name) and rank and spec.numel == spec.shape[-1]):
             found.append(name)
@@ -161,7 +160,7 @@ def _counterpart(model: Checkpoint, name: str, other: Checkpoint, needed: int) -
     """The tensor of ``other`` that gives rows to ``name`` of ``model``: of the same name, or the embedding tied to a head."""
     found = name
     if name not in other.specs:
-        inputs = [tensor for tensor in _vocabulary_tensors(other) if _WEIGHTS_IN.fullmatch(tensor)]
+        inputs = [tensor for tensor in vocabulary_tensors(other.specs) if _WEIGHTS_IN.fullmatch(tensor)]
         if _BIASES.fullmatch(name) or len(inputs) != 1:
             raise LayoutError(
                 f"{other.origin}: has no {name!r}, from which {model.origin} would take rows of tokens that it lacks"

@@ -25,7 +25,7 @@ class Checkpoint(ABC):
     origin: str = "memory"
     #: the files that hold its bytes, the weights' own first
     files: tuple[Path, ...] = ()
-    #: whether these files hold all of it, so that equal files mean equal contents
+    #: whether equal files mean equal contents; not so for views, whose own settings are in no file
     durable: bool = False
 
     @property

@@ -73,7 +73,9 @@ def open_lora(folder: str | Path, base: Checkpoint) -> Lora:
         )
     config = _config(inside(folder, CONFIG_FILE))
     adapter = SafetensorsFile(inside(folder, WEIGHTS_FILE))
-    return Lora(base, adapter, config)
+    found = Lora(base, adapter, config)
+    found.files = (*adapter.files, folder / CONFIG_FILE, *base.files)
+    return found
 
 
 @final
@@ -83,7 +85,7 @@ class Lora(Checkpoint):
     def __init__(self, base: Checkpoint, adapter: Checkpoint, config: dict[str, Any]) -> None:
         """Match every tensor of the adapter to one of ``base``.  Raises CheckpointError if one is left over or misfits."""
         self._base, self._adapter = base, adapter
-        self.origin, self.files = f"{adapter.origin} over {base.origin}", adapter.files + base.files
+        self.origin, self.files = f"{adapter.origin} over {base.origin}", (*adapter.files, *base.files)
         self.durable = adapter.durable and base.durable
         self._transposed = bool(config.get("fan_in_fan_out"))
         self._updates, self._replaced = _match(base, adapter, config)

@@ -18,6 +18,8 @@ from eutectic.checkpoint.writer import explained, explained_if_full, fsync
 from eutectic.errors import DiskFullError, OutputError
 
 _JOURNAL = ".journal"
+#: one of these shows that a folder holds a model, and may be replaced by another
+_MODEL = ("eutectic.json", "config.json", "*.safetensors")
 
 
 @contextmanager
@@ -92,6 +94,7 @@ def resumable(
             return bool(done) and isinstance(error, (DiskFullError, KeyboardInterrupt, SystemExit))
 
         with _making(folder, partial, replace, worth_keeping):
+            _tidy(partial)
             journal = Journal(begun, key)
             done = journal.done
             try:
@@ -129,6 +132,15 @@ def _making(
         raise
 
 
+def _tidy(partial: Path) -> None:
+    """Leave only the journal and the weights of an earlier run."""
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _JOURNAL and path.suffix != ".safetensors":
+            path.unlink()
+
+
 @contextmanager
 def _locked(folder: Path) -> Generator[None, None, None]:
     """Hold the one right to write ``folder``; the kernel releases it when the process ends, however it ends."""
@@ -141,6 +153,7 @@ def _locked(folder: Path) -> Generator[None, None, None]:
         except OSError:
             raise OutputError(f"{folder}: another process is writing it. Wait for it, or choose another path.") from None
         yield
+        path.unlink(missing_ok=True)
     finally:
         os.close(fd)
 
@@ -160,6 +173,8 @@ def _refuse_output(folder: Path, replace: bool, inputs: Iterable[str | Path]) ->
     for precious in (Path.cwd(), Path.home()):
         if out.exists() and precious.resolve().is_relative_to(out):
             raise OutputError(f"{folder}: holds {precious}, and would be deleted with it. Choose another path.")
+    if out.is_dir() and any(out.iterdir()) and not any(any(out.glob(name)) for name in _MODEL):
+        raise OutputError(f"{folder}: holds no model, so it is not replaced. Choose another path.")
     return out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -73,26 +73,29 @@ def layout_diff(left: Layout, right: Layout) -> list[str]:
     return lines
 
 
-def require_same_layout(base: Layout, expert: Layout, base_name: str, expert_name: str, *, any_float: bool = False) -> None:
+def require_same_layout(
+    base: Layout, expert: Layout, base_name: str, expert_name: str, *, any_float: bool = False, tokens: Collection[str] = ()
+) -> None:
     """Refuse an expert whose names, shapes or dtypes are not the base's.
 
     ``any_float`` admits other *floating* dtypes, for callers that cast (a recipe with ``dtype``).
+    ``tokens`` are tensors with a row for each token: if no other's shape differs, the vocabularies do.
     Raises LayoutError with the first differences and what to do.
     """
-    lines, dtype_only = [], True
+    lines, dtype_only, tokens_only = [], True, bool(tokens)
     for name in sorted(base.keys() | expert.keys()):
         left, right = base.get(name), expert.get(name)
         if left == right:
             continue
         if left is None or right is None:
             lines.append(f"  {name}: {'missing from ' + expert_name if right is None else 'only in ' + expert_name}")
-            dtype_only = False
+            dtype_only = tokens_only = False
             continue
         if left.shape == right.shape:
             if any_float and left.dtype.is_floating_point and right.dtype.is_floating_point:
                 continue
         else:
-            dtype_only = False
+            dtype_only, tokens_only = False, tokens_only and name in tokens
         lines.append(f"  {name}: {expert_name} has {right}, {base_name} has {left}")
     if not lines:
         return
@@ -100,6 +103,8 @@ def require_same_layout(base: Layout, expert: Layout, base_name: str, expert_nam
     advice = (
         "Give `dtype:` in the recipe (or dtype= in eu.merge) to cast them to one dtype."
         if dtype_only
+        else "Their vocabularies differ: give a tokenizer rule in the recipe, such as `tokenizer: {source: union}`."
+        if tokens_only
         else "They are not fine-tunes of one base; rename, select or resize tensors first (`eutectic diff` shows all of it)."
     )
     raise LayoutError(

@@ -5,6 +5,7 @@ Everything here is JSON and text that is read and edited; no tokenizer is ever b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -25,6 +26,8 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 #: whichever is there gives the ids, the first first
 _SOURCES = ("tokenizer.json", "vocab.json", "vocab.txt")
+#: what ``read_vocabulary`` reads
+VOCABULARY_FILES = (*_SOURCES, "added_tokens.json", "tokenizer_config.json", "config.json")
 _FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
@@ -108,6 +111,27 @@ def read_vocabulary(folder: str | Path) -> Vocabulary:
         _add(tokens, added, _decoder(read_json(path).get("added_tokens_decoder") or {}, path), path)
     rows = _rows(read_json(inside(folder, "config.json"))) if (folder / "config.json").is_file() else None
     return Vocabulary(tokens, added, rows, str(folder))
+
+
+def vocabulary_digest(folder: str | Path) -> str:
+    """A hash of a folder's tokenizer files that is equal only if their tokens and ids are; the large ones are not parsed.
+
+    Raises CheckpointError for a link that leaves the folder or a file that cannot be read.
+    """
+    folder, whole = Path(folder), hashlib.sha256()
+    names = [name for name in _SOURCES if (folder / name).is_file()][:1]
+    for name in (*names, *(name for name in ("added_tokens.json",) if (folder / name).is_file())):
+        path = inside(folder, name)
+        try:
+            with path.open("rb") as file:
+                whole.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if (folder / "tokenizer_config.json").is_file():  # of which much else may differ, such as the chat template
+        path = inside(folder, "tokenizer_config.json")
+        items = _decoder(read_json(path).get("added_tokens_decoder") or {}, path)
+        whole.update(repr(sorted((repr(item["id"]), repr(item.get("content"))) for item in items)).encode())
+    return whole.hexdigest()
 
 
 def require_same_vocabulary(models: Mapping[str, Vocabulary]) -> None:

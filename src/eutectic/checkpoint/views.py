@@ -27,7 +27,7 @@ class Rename(Checkpoint):
         Raises CheckpointError if two tensors would get one name, or if the mapping names a tensor that is not there.
         """
         self._below, self.origin = checkpoint, checkpoint.origin
-        self.files, self.durable = checkpoint.files, checkpoint.durable
+        self.files = checkpoint.files
         if isinstance(names, Mapping):
             for old in names:
                 checkpoint.spec(old)
@@ -63,7 +63,7 @@ class Cast(Checkpoint):
         if not dtype.is_floating_point:
             raise CheckpointError(f"{checkpoint.origin}: cannot cast weights to {dtype}; give a floating-point dtype")
         self._below, self.origin = checkpoint, checkpoint.origin
-        self.files, self.durable = checkpoint.files, checkpoint.durable
+        self.files = checkpoint.files
         self._specs = {
             name: spec._replace(dtype=dtype) if spec.dtype.is_floating_point else spec
             for name, spec in checkpoint.specs.items()
@@ -92,7 +92,7 @@ class Select(Checkpoint):
         Raises CheckpointError if a glob matches no tensor: it is misspelt.
         """
         self._below, self.origin = checkpoint, checkpoint.origin
-        self.files, self.durable = checkpoint.files, checkpoint.durable
+        self.files = checkpoint.files
         if callable(which):
             kept = {name for name in checkpoint.specs if which(name)}
         else:
@@ -127,7 +127,6 @@ class Overlay(Checkpoint):
         """Lay ``top`` over ``bottom``; a tensor of the same name may have another shape."""
         self._bottom, self._top = bottom, top
         self.origin, self.files = f"{top.origin} over {bottom.origin}", top.files + bottom.files
-        self.durable = top.durable and bottom.durable
         self._specs = {**bottom.specs, **top.specs}
 
     @property
@@ -153,7 +152,6 @@ class Lerp(Checkpoint):
         require_same_layout(a.specs, b.specs, a.origin, b.origin)
         self._a, self._b, self._t = a, b, t
         self.origin, self.files = f"{a.origin} → {b.origin} at {t}", a.files + b.files
-        self.durable = a.durable and b.durable
 
     @property
     def specs(self) -> Layout:

@@ -141,6 +141,7 @@ class SafetensorsWriter:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | (0 if self._resume else os.O_EXCL), 0o666)
             self._fds[shard.file] = fd
             self._made.append(path)
+            os.ftruncate(fd, shard.nbytes)
             _reserve(fd, shard.nbytes)
         self._write(shard, memoryview(shard.header), 0)
 

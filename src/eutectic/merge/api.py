@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eutectic.checkpoint.base import Checkpoint, Memory, live
+from eutectic.checkpoint.base import Checkpoint, Memory, element_bytes, live
 from eutectic.checkpoint.folder import from_hub, open_path
 from eutectic.checkpoint.spec import layout_diff
 from eutectic.errors import CheckpointError
@@ -85,7 +85,7 @@ def diff(left: Source, right: Source) -> list[str]:
     for name in sorted(a.specs.keys() & b.specs.keys()):
         if a.specs[name] == b.specs[name]:
             x, y = a.read(name), b.read(name)
-            if not torch.equal(x, y):
+            if element_bytes(x.reshape(-1)) != element_bytes(y.reshape(-1)):
                 lines.append(f"{name}: {a.specs[name]} {_difference(x, y)}")
     return lines
 
@@ -93,5 +93,5 @@ def diff(left: Source, right: Source) -> list[str]:
 def _difference(x: Tensor, y: Tensor) -> str:
     if not x.dtype.is_floating_point:
         return f"{int((x != y).sum())} elements differ"
-    delta, size = (x.float() - y.float()).norm(), x.float().norm()
+    delta, size = (x.double() - y.double()).norm(), x.double().norm()
     return f"‖Δ‖ = {delta:.4g}, ‖Δ‖ / ‖left‖ = {delta / size.clamp(min=1e-30):.3g}"

@@ -12,6 +12,7 @@ from eutectic.checkpoint.spec import Layout
 from eutectic.errors import LayoutError
 from eutectic.merge.slices import Origin
 from eutectic.merge.view import CHUNK, Merged
+from eutectic.merge.vocabularies import Tokenizer
 
 
 @final
@@ -22,7 +23,6 @@ class Joined(Checkpoint):
         """Put the parts side by side.  Raises LayoutError if two have a tensor of one name."""
         self.parts, self.origin = tuple(parts), origin
         self.files = tuple(dict.fromkeys(file for part in parts for file in part.files))
-        self.durable = all(part.durable for part in parts)
         self._part: dict[str, Checkpoint] = {}
         for part in parts:
             for name in part.specs:
@@ -63,12 +63,13 @@ class Outcome(NamedTuple):
     """What a recipe's build function gives: the tensors, and what else a saved folder needs to know.
 
     ``donor`` is the input whose config and tokenizer files the output takes over; ``layers`` says how the output's stacks
-    are made of the donor's, for the config's number of layers.
+    are made of the donor's, for the config's number of layers, and ``tokenizer`` what the output's is if not the donor's.
     """
 
     checkpoint: Checkpoint
     donor: str
     layers: Mapping[str, Origin]
+    tokenizer: Tokenizer | None = None
 
 
 @final
@@ -85,7 +86,6 @@ class Composed(Checkpoint):
         *,
         method: str,
         notes: Sequence[str] = (),
-        tokenizer: Any = None,
         chat_template: str | None = None,
     ) -> None:
         """Build and check; no tensor is read.
@@ -95,13 +95,12 @@ class Composed(Checkpoint):
             build: makes the result from the inputs, or from views of them.
             method: for people.
             notes: what a person should know, a line each.
-            tokenizer: what the recipe says about the output's tokenizer; it is carried, not applied.
-            chat_template: the same.
+            chat_template: the text of the output's, if it is not to be that of its tokenizer's files.
         """
         self.inputs, self._build = dict(inputs), build
-        self.method, self.notes, self.tokenizer, self.chat_template = method, tuple(notes), tokenizer, chat_template
-        self._below, self.donor, self.layers = build(self.inputs)
-        self.origin, self.files, self.durable = self._below.origin, self._below.files, self._below.durable
+        self.method, self.notes, self.chat_template = method, tuple(notes), chat_template
+        self._below, self.donor, self.layers, self.tokenizer = build(self.inputs)
+        self.origin, self.files = self._below.origin, self._below.files
         self.chunk = CHUNK
 
     @property
@@ -136,7 +135,6 @@ class Composed(Checkpoint):
             self._build,
             method=self.method,
             notes=self.notes,
-            tokenizer=self.tokenizer,
             chat_template=self.chat_template,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,14 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
-from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import RecipeError
 from eutectic.merge.compose import Composed
-from eutectic.merge.mergekit_schema import Document, TokenizerSpec, read_document
+from eutectic.merge.mergekit_schema import Document, read_document
 from eutectic.merge.mergekit_values import Reader
 from eutectic.merge.recipe import documents, plain
+from eutectic.merge.vocabularies import TokenizerSpec
 
 __all__ = ["MergekitRecipe", "TokenizerSpec", "is_mergekit", "parse_mergekit"]
-
-#: Gives the models of a document one vocabulary: (what the recipe says, the models by name, the base's name) → the models.
-Align = Callable[[TokenizerSpec, Mapping[str, Checkpoint], str | None], Mapping[str, Checkpoint]]
 
 
 @dataclass(frozen=True)
@@ -75,16 +72,14 @@ class MergekitRecipe:
         """The recipe as JSON-ready data."""
         return {"mergekit": list(self.data), "compat": "mergekit" if self.compat else None}
 
-    def open(self, folder: Path = Path(), align: Align | None = None) -> Composed:
+    def open(self, folder: Path = Path()) -> Composed:
         """Open what it names, paths relative to ``folder``, and bind; no tensor is read.
-
-        ``align`` is called for documents with a tokenizer block.
 
         Raises RecipeError, ParameterError and LayoutError with the line, CheckpointError for a model.
         """
         from eutectic.merge.mergekit_open import open_recipe
 
-        return open_recipe(self, folder, align)
+        return open_recipe(self, folder)
 
 
 def is_mergekit(found: list[Any]) -> bool:

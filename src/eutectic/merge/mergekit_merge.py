@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from eutectic.checkpoint.aligned import vocabulary_tensors
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.views import Cast
-from eutectic.errors import LayoutError, ParameterError, RecipeError
+from eutectic.errors import CheckpointError, LayoutError, ParameterError, RecipeError
 from eutectic.merge.compose import Joined, Outcome
 from eutectic.merge.mergekit_methods import REQUIRED, THEIRS, Options
 from eutectic.merge.mergekit_schema import Document, Module, Reference, Slice
@@ -62,11 +63,15 @@ class Merger:
         self.dtype: torch.dtype | None = getattr(torch, document.dtype) if document.dtype else None
         self.head = 0.0 if self.compat else 1.0
         self.layers: dict[str, Origin] = {}
+        #: the model whose config and tokenizer files the output takes over
+        self.first = document.base or document.modules[0].slices[0].sources[0].model
+        #: the models that must mean the same by a row: those with a part in embeddings and heads, and the first
+        self.speakers: set[str] = set()
 
     def outcome(self, inner: Mapping[str, Outcome]) -> Outcome:
         """The document's output; ``inner`` are those of its models that are outputs themselves."""
         document = self.document
-        first = document.base or document.modules[0].slices[0].sources[0].model
+        first = self.first
         donor = self.models[first.text]
         parts: list[Checkpoint] = []
         for module in document.modules:
@@ -81,10 +86,16 @@ class Merger:
                 f"{self.reader.where(['modules'])}: in no module, so they stay as in {first.text}: {rest[0]}{more}"
             )
             kept: Checkpoint = Pick(donor, {name: name for name in rest})
+            self._heed(kept, [first.text])
             parts.append(Cast(kept, self.dtype) if self.dtype is not None else kept)
         self._check_filters(document.settings, parts)
         name = f"{document.method}({', '.join(dict.fromkeys(ref.text for ref in document.references()))})"
         return Outcome(parts[0] if len(parts) == 1 else Joined(parts, name), *_donor(first.text, self.layers, inner))
+
+    def _heed(self, part: Checkpoint, models: Sequence[str]) -> None:
+        """Keep the models that a part of the output is made of, if it has embeddings or heads."""
+        if vocabulary_tensors(part.specs):
+            self.speakers |= {*models, self.first.text}
 
     def _modules(self) -> list[str | None]:
         return [module.name for module in self.document.modules]
@@ -133,7 +144,7 @@ class Merger:
     def _cut(self, module: Module, count: int, at: int, item: _Item, *, inputs: bool, head: bool) -> _Item:
         """An item with those of its layers that a slice takes, where the output has them."""
         names, last = self._names(item.checkpoint, module), item.first + count
-        with _at(self.reader.where(item.path)):
+        with located(self.reader.where(item.path)):
             chosen = sliced_names(item.checkpoint, names, item.first, last, at, inputs=inputs, head=head)
         return item._replace(checkpoint=Pick(item.checkpoint, chosen))
 
@@ -180,6 +191,7 @@ class Merger:
         self, module: Module, piece: Slice, base: _Item | None, experts: list[_Item], depth_of: Mapping[str, float]
     ) -> Checkpoint:
         reference = (base or experts[0]).checkpoint
+        self._heed(reference, [item.model.text for item in (base, *experts) if item is not None])
         for settings in (piece.settings, *(item.settings for item in experts)):
             self._check_filters(settings, [reference])
         shared = [piece.settings, module.settings, self.document.settings]
@@ -199,7 +211,7 @@ class Merger:
         method, parameters = self._agreed(options, numbers, piece)
         common, _ = collections.Counter(keys.values()).most_common(1)[0]
         overrides = [Override(_literally(name), parameters[key]) for name, key in keys.items() if key != common]
-        with _at(self.reader.where(piece.path)):
+        with located(self.reader.where(piece.path)):
             return Merged(
                 method,
                 base.checkpoint if base else None,
@@ -267,11 +279,11 @@ class Merger:
 
 
 @contextmanager
-def _at(where: str) -> Iterator[None]:
+def located(where: str) -> Iterator[None]:
     """Errors get the line of the recipe that they are about."""
     try:
         yield
-    except (LayoutError, ParameterError, RecipeError) as error:
+    except (CheckpointError, LayoutError, ParameterError, RecipeError) as error:
         raise type(error)(f"{where}: {error}") from None
 
 

@@ -6,30 +6,43 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from eutectic.checkpoint.aligned import aligned
+from eutectic.checkpoint.alignment import Alignment
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.folder import from_hub
 from eutectic.checkpoint.lora import open_lora
 from eutectic.errors import CheckpointError, RecipeError
 from eutectic.merge import api
 from eutectic.merge.compose import Composed, Outcome
-from eutectic.merge.mergekit import Align, MergekitRecipe
-from eutectic.merge.mergekit_merge import Merger
+from eutectic.merge.mergekit import MergekitRecipe
+from eutectic.merge.mergekit_merge import Merger, located
 from eutectic.merge.mergekit_schema import Document, Reference
 from eutectic.merge.slices import relayered
+from eutectic.merge.vocabularies import (
+    Tokenizer,
+    TokenizerSpec,
+    align,
+    chat_template,
+    require_one_vocabulary,
+    tokenizer_of,
+)
 
+_BLOCKS = ("tokenizer", "tokenizer_source")  # the one that a document lacks is passed over
 Parts = tuple[str, str | None, str | None, str | None]  # path, revision, lora, its revision
 
 
-def open_recipe(recipe: MergekitRecipe, folder: Path, align: Align | None) -> Composed:
+def open_recipe(recipe: MergekitRecipe, folder: Path) -> Composed:
     """See ``MergekitRecipe.open``."""
-    return _Opener(recipe, folder, align).composed()
+    return _Opener(recipe, folder).composed()
 
 
 class _Opener:
-    def __init__(self, recipe: MergekitRecipe, folder: Path, align: Align | None) -> None:
-        self.recipe, self.folder, self.align = recipe, folder, align
+    def __init__(self, recipe: MergekitRecipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
         self.named = {document.name: document for document in recipe.documents if document.name is not None}
         self.notes: list[str] = []
+        self.tokenizers: dict[str, Tokenizer | None] = {}
+        self.aligned: dict[str | None, tuple[Tokenizer, Alignment]] = {}
 
     def composed(self) -> Composed:
         """The result over all models that it needs, each opened once."""
@@ -44,8 +57,7 @@ class _Opener:
                 inputs,
                 lambda models: self._built(recipe.result, models),
                 method=", ".join(recipe.methods),
-                tokenizer=recipe.result.tokenizer,
-                chat_template=recipe.result.chat_template,
+                chat_template=self._template(recipe.result, inputs),
             )
             self._check_config(composed)
         except BaseException:
@@ -54,8 +66,6 @@ class _Opener:
             raise
         unused = [document for document in recipe.documents if document not in used]
         self.notes += [f"{document.reader.where(['name'])}: {document.name!r} is used by no document" for document in unused]
-        if recipe.result.tokenizer is not None and self.align is None:
-            self.notes.append(f"{recipe.source}: what it says of the tokenizer is not applied")
         composed.notes = tuple(dict.fromkeys((*recipe.notes, *self.notes)))
         return composed
 
@@ -75,9 +85,48 @@ class _Opener:
         texts = dict.fromkeys(reference.text for reference in document.references())
         inner = {text: self._built(self.named[text], models) for text in texts if text in self.named}
         mine = {text: inner[text].checkpoint if text in inner else models[text] for text in texts}
-        if document.tokenizer is not None and self.align is not None:
-            mine = dict(self.align(document.tokenizer, mine, document.base.text if document.base else None))
-        return Merger(document, mine, self.notes).outcome(inner)
+        tokenizers = {text: inner[text].tokenizer if text in inner else self._tokenizer(text, models[text]) for text in texts}
+        if document.tokenizer is not None:
+            with located(document.reader.where(_BLOCKS)):
+                tokenizer, alignment = self._alignment(document, document.tokenizer, tokenizers)
+                mine = dict(aligned(mine, alignment))
+            return Merger(document, mine, self.notes).outcome(inner)._replace(tokenizer=tokenizer)
+        merger = Merger(document, mine, self.notes)
+        outcome = merger.outcome(inner)
+        with located(document.reader.where(["merge_method"])):
+            require_one_vocabulary({text: tokenizers[text] for text in texts if text in merger.speakers})
+        return outcome._replace(tokenizer=tokenizers[merger.first.text])
+
+    # ── tokenizers ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _tokenizer(self, text: str, model: Checkpoint) -> Tokenizer | None:
+        """A model's tokenizer, whose files are read once however often the recipe is built."""
+        if text not in self.tokenizers:
+            self.tokenizers[text] = tokenizer_of(model)
+        return self.tokenizers[text]
+
+    def _alignment(
+        self, document: Document, spec: TokenizerSpec, tokenizers: Mapping[str, Tokenizer | None]
+    ) -> tuple[Tokenizer, Alignment]:
+        """A document's tokenizer and how its models get there, planned once."""
+        if document.name not in self.aligned:
+            base = document.base.text if document.base is not None else None
+            self.aligned[document.name] = found = align(spec, tokenizers, base, self.recipe.compat)
+            where = document.reader.where(_BLOCKS)
+            self.notes += [f"{where}: {note}" for note in found[1].notes]
+        return self.aligned[document.name]
+
+    def _template(self, document: Document, inputs: Mapping[str, Checkpoint]) -> str | None:
+        """The text of the output's chat template, if the recipe says that it gets one."""
+        if document.chat_template is None:
+            return None
+        where = document.reader.where(["chat_template"])
+        tokenizers = {text: self._tokenizer(text, model) for text, model in inputs.items()}
+        with located(where):
+            found = chat_template(document.chat_template, tokenizers, document.base.text if document.base is not None else None)
+        if found is None:
+            self.notes.append(f"{where}: no model has a chat template, so the output has none")
+        return found
 
     # ── models ────────────────────────────────────────────────────────────────────────────────────────────────────────
 

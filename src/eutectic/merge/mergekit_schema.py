@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from eutectic.errors import UnknownNameError, did_you_mean
 from eutectic.merge.mergekit_methods import FLAGS, Rule, rule_of
 from eutectic.merge.mergekit_values import Path, Reader, Settings
+from eutectic.merge.vocabularies import TokenizerSpec
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
@@ -56,19 +57,6 @@ class Module:
     slices: tuple[Slice, ...]
     settings: Settings
     path: Path
-
-
-@dataclass(frozen=True)
-class TokenizerSpec:
-    """The output's tokenizer, as ``checkpoint.alignment.plan_alignment`` takes it.
-
-    ``source`` is ``union``, ``base`` or a model as the recipe names it; ``tokens`` are token → ``{source: …, force: true}``
-    with a model's name, ``{kind: model_token, model: …, token: … or token_id: …}`` or ``{kind: zero}`` for the source.
-    """
-
-    source: str
-    tokens: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    pad_to_multiple_of: int | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from eutectic import registry
 from eutectic.errors import ParameterError, RecipeError, UnknownNameError, did_you_mean
-from eutectic.methods._method import validated
+from eutectic.methods._method import signature_model, validated
 
 if TYPE_CHECKING:
     from eutectic.merge.mergekit import MergekitRecipe
@@ -34,11 +34,21 @@ class OverrideModel(pydantic.BaseModel):
     parameters: dict[str, Any]
 
 
+class TokenizerModel(pydantic.BaseModel):
+    """The output's tokenizer, see ``checkpoint.alignment.plan_alignment``; models are ``base`` and the experts by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str = "union"
+    tokens: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    pad_to_multiple_of: Annotated[int, Field(gt=0)] | None = None
+
+
 class Recipe(pydantic.BaseModel):
     """What to merge, how, and into what; frozen.
 
     Experts are named: a list gets the names ``"0"``, ``"1"`` …  ``dtype`` accepts inputs of any floating dtype and is the
     output's.  A ``suite`` of the zoo gives base, experts and tasks; ``experts`` is then an optional choice among them.
+    ``tokenizer`` gives models of several vocabularies one; ``chat_template`` is ``auto``, a built-in's name or a template.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,11 +61,23 @@ class Recipe(pydantic.BaseModel):
     suite: str | None = None
     protocol: Literal["inductive", "transductive"] = "inductive"
     seed: Annotated[int, Field(ge=0)] = 0
+    tokenizer: TokenizerModel | None = None
+    chat_template: str | None = None
 
     @pydantic.field_validator("experts", mode="before")
     @classmethod
     def _named(cls, experts: Any) -> Any:
         return {str(i): expert for i, expert in enumerate(experts)} if isinstance(experts, (list, tuple)) else experts
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        if (self.tokenizer or self.chat_template) and self.suite is not None:
+            raise ValueError("a suite has no tokenizer: leave out `tokenizer` and `chat_template`")
+        if (self.tokenizer or self.chat_template) and self.base is not None and "base" in self.experts:
+            raise ValueError(
+                "with a `tokenizer` or `chat_template`, `base` means the base; give the expert of that name another one"
+            )
+        return self
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -71,11 +93,21 @@ class Recipe(pydantic.BaseModel):
         """The recipe as JSON-ready data."""
         return self.model_dump(mode="json")
 
+    def bound_parameters(self) -> dict[str, Any]:
+        """The method's parameters as given; the recipe's seed goes to a method that takes one and is given none."""
+        takes_seed = "seed" in signature_model(self.method).model_fields
+        return ({"seed": self.seed} if takes_seed else {}) | self.parameters
+
     def canonical_json(self) -> str:
         """Sorted keys, no spaces, defaults spelled out: equal recipes give equal text (experts keep their order)."""
         data = self.model_dump(mode="json")
-        data["parameters"] = validated(self.method, self.parameters)
+        data["parameters"] = validated(self.method, self.bound_parameters())
+        data["seed"] = data["parameters"].get("seed", self.seed)
+        for override in data["overrides"]:
+            given = validated(self.method, override["parameters"])
+            override["parameters"] = {key: given[key] for key in override["parameters"]}
         data["experts"] = list(data["experts"].items())
+        data = {key: value for key, value in data.items() if value is not None or key not in ("tokenizer", "chat_template")}
         return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
     def sha256(self) -> str:
@@ -138,8 +170,9 @@ def parse(text: str, source: str = "recipe") -> Recipe:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = [part for part in first["loc"] if part != "__root__"]
-        name = ".".join(map(str, where))
-        raise RecipeError(f"{source}:{line_of(data, where)}: {name}: {first['msg']}") from None
+        name = ".".join(map(str, where)) or "the recipe"
+        said = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{source}:{line_of(data, where)}: {name}: {said}") from None
     _check_method(recipe, data, source)
     return recipe
 

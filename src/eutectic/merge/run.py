@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eutectic import record, registry
+from eutectic.checkpoint.aligned import aligned, vocabulary_tensors
 from eutectic.checkpoint.base import Checkpoint
+from eutectic.checkpoint.chat import write_chat_template
 from eutectic.checkpoint.folder import copy_side_files, model_card, open_path, provenance
 from eutectic.checkpoint.hashed import Hashed
 from eutectic.checkpoint.publish import resumable
 from eutectic.checkpoint.save import save_tensors
+from eutectic.checkpoint.tokenizer import VOCABULARY_FILES
 from eutectic.checkpoint.writer import MAX_SHARD_BYTES
 from eutectic.errors import CheckpointError, RecipeError
-from eutectic.merge.compose import Composed
+from eutectic.merge.compose import Composed, Outcome
 from eutectic.merge.recipe import AnyRecipe, Dtype, OverrideModel, Recipe
 from eutectic.merge.slices import relayered
 from eutectic.merge.view import Merged, Override
-from eutectic.methods._method import signature_model
+from eutectic.merge.vocabularies import TokenizerSpec, align, chat_template, require_one_vocabulary, tokenizer_of
 from eutectic.methods._threads import one_torch_thread
 
 if TYPE_CHECKING:
@@ -52,16 +55,43 @@ def merged_from(recipe: Recipe | MergekitRecipe, folder: Path = Path()) -> Merge
         raise RecipeError(f"the recipe names the suite {recipe.suite!r}; it is opened by `eutectic`, not by the merge engine")
     base = _open(recipe.base, folder) if recipe.base else None
     experts = {name: _open(path, folder) for name, path in recipe.experts.items()}
-    return bind(recipe, base, experts)
+    if recipe.tokenizer is not None or recipe.chat_template is not None:
+        return _spoken(recipe, ({"base": base} if base is not None else {}) | experts)
+    merged = bind(recipe, base, experts)
+    if vocabulary_tensors(merged.specs):
+        require_one_vocabulary({name: tokenizer_of(model) for name, model in merged.inputs.items()})
+    return merged
+
+
+def _spoken(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Composed:
+    """A merge whose recipe says something of the tokenizer or the chat template; ``models`` has the base as ``base``."""
+    tokenizers, base = {name: tokenizer_of(model) for name, model in models.items()}, "base" if recipe.base else None
+    first = next(iter(models), "")
+    tokenizer, alignment = tokenizers.get(first), None
+    if recipe.tokenizer is not None:
+        tokenizer, alignment = align(TokenizerSpec(**dict(recipe.tokenizer)), tokenizers, base)
+    template = chat_template(recipe.chat_template, tokenizers, base) if recipe.chat_template is not None else None
+
+    def build(inputs: Mapping[str, Checkpoint]) -> Outcome:
+        views = aligned(inputs, alignment) if alignment is not None else inputs
+        merged = bind(recipe, views["base"] if base else None, {name: views[name] for name in recipe.experts})
+        return Outcome(merged, first, {}, tokenizer)
+
+    composed = Composed(models, build, method=recipe.method, chat_template=template)
+    if recipe.chat_template is not None and template is None:
+        composed.notes = ("no model has a chat template, so the output has none",)
+    if alignment is not None:
+        composed.notes += alignment.notes
+    elif vocabulary_tensors(composed.specs):
+        require_one_vocabulary(tokenizers)
+    return composed
 
 
 def bind(recipe: Recipe, base: Checkpoint | None, experts: Mapping[str, Checkpoint]) -> Merged:
     """A recipe's method over checkpoints that are open already."""
     overrides = [Override(o.match, o.parameters) for o in recipe.overrides]
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
-    takes_seed = "seed" in signature_model(recipe.method).model_fields
-    parameters = ({"seed": recipe.seed} if takes_seed else {}) | recipe.parameters
-    return Merged(recipe.method, base, experts, parameters, overrides, dtype)
+    return Merged(recipe.method, base, experts, recipe.bound_parameters(), overrides, dtype)
 
 
 def _open(path: str, folder: Path) -> Checkpoint:
@@ -100,16 +130,7 @@ def save(
         journal,
     ):
         donor = sources[checkpoint.donor] if isinstance(checkpoint, Composed) else next(iter(sources.values()))
-        if donor.files:
-            dtypes = {spec.dtype for spec in checkpoint.specs.values() if spec.dtype.is_floating_point}
-            # an adapter's files come before those of the model that it adapts
-            copy_side_files(donor.files[-1].parent, folder, dtypes.pop() if len(dtypes) == 1 else None)
-        if isinstance(checkpoint, Composed) and (folder / "config.json").exists():
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            changed, _ = relayered(config, checkpoint.layers)
-            if changed != config:
-                text = json.dumps(changed, indent=2, ensure_ascii=False)
-                (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        _write_side_files(checkpoint, donor, folder)
         with one_torch_thread():
             if isinstance(checkpoint, (Merged, Composed)):
                 _measure(checkpoint, threads, progress)
@@ -149,6 +170,26 @@ def verify(folder: Path) -> list[str]:
     return lines
 
 
+def _write_side_files(checkpoint: Checkpoint, donor: Checkpoint, folder: Path) -> None:
+    """Config, tokenizer and chat template of an output: the donor's, but for what the merge changes."""
+    if donor.files:
+        dtypes = {spec.dtype for spec in checkpoint.specs.values() if spec.dtype.is_floating_point}
+        # an adapter's files come before those of the model that it adapts
+        copy_side_files(donor.files[-1].parent, folder, dtypes.pop() if len(dtypes) == 1 else None)
+    composed = checkpoint if isinstance(checkpoint, Composed) else None
+    if composed is not None and (folder / "config.json").exists():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        changed, _ = relayered(config, composed.layers)
+        if changed != config:
+            text = json.dumps(changed, indent=2, ensure_ascii=False)
+            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    tokenizer = composed.tokenizer if composed is not None else tokenizer_of(donor)
+    if tokenizer is not None:
+        tokenizer.write(folder)
+    if composed is not None and composed.chat_template is not None:
+        write_chat_template(composed.chat_template, folder)
+
+
 def _precious(checkpoint: Checkpoint) -> set[Path]:
     """What an output must not touch: the folders of models, and files that lie about by themselves."""
     owned = ("config.json", "adapter_config.json")
@@ -157,10 +198,16 @@ def _precious(checkpoint: Checkpoint) -> set[Path]:
 
 def _key(checkpoint: Checkpoint, recipe: AnyRecipe | None, max_shard_bytes: int) -> str:
     """What an unfinished output must agree in to be carried on; inputs that are no files are never the same twice."""
-    files = [(str(f.absolute()), (s := f.stat()).st_size, s.st_mtime_ns) for f in checkpoint.files]
-    identity = files if checkpoint.durable else secrets.token_hex(16)
+    read = list(checkpoint.files)
+    if isinstance(checkpoint, Composed):  # where a row comes from may depend on these
+        folders = dict.fromkeys(file.parent for file in read)
+        read += [folder / name for folder in folders for name in VOCABULARY_FILES if (folder / name).is_file()]
+    files = [(str(f.absolute()), (s := f.stat()).st_size, s.st_mtime_ns) for f in read]
+    leaves = checkpoint.inputs.values() if isinstance(checkpoint, (Merged, Composed)) else [checkpoint]
+    identity = files if all(leaf.durable for leaf in leaves) else secrets.token_hex(16)
     said = recipe.canonical_json() if recipe else ""
-    return hashlib.sha256(repr((identity, said, max_shard_bytes, record.versions())).encode()).hexdigest()
+    layout = dict(checkpoint.specs)
+    return hashlib.sha256(repr((identity, said, layout, max_shard_bytes, record.versions())).encode()).hexdigest()
 
 
 def _measure(merged: Merged | Composed, threads: int, progress: Progress) -> None:

@@ -139,7 +139,7 @@ class Pick(Checkpoint):
     def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
         """``names`` maps each new name to the one below; raises CheckpointError if that is not there."""
         self._below, self._names, self.origin = checkpoint, dict(names), checkpoint.origin
-        self.files, self.durable = checkpoint.files, checkpoint.durable
+        self.files = checkpoint.files
         self._specs = {new: checkpoint.spec(old) for new, old in self._names.items()}
 
     @property

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eutectic.checkpoint.aligned import vocabulary_tensors
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.spec import Layout, TensorSpec, require_same_layout
 from eutectic.errors import LayoutError, NonFiniteError, ParameterError, RecipeError
@@ -69,10 +70,10 @@ class Merged(Checkpoint):
         self.method, self.base, self.experts = method, base, dict(experts)
         self.dtype = dtype
         self.files = tuple(file for c in (base, *self.experts.values()) if c is not None for file in c.files)
-        self.durable = all(c.durable for c in (base, *self.experts.values()) if c is not None)
         self.parameters = validated(method, parameters or {})
         self.overrides = tuple(overrides)
-        self.origin = f"{method}({', '.join(self.experts)})"
+        said = json.dumps([self.parameters, [list(o) for o in self.overrides]], sort_keys=True)
+        self.origin = f"{method}({', '.join(c.origin for c in self.inputs.values())}) {said}"
         self.chunk = chunk
         self._methods: dict[str, Method] = {}
         self._stats: dict[tuple[str, int, str], Any] = {}
@@ -81,9 +82,15 @@ class Merged(Checkpoint):
         self._require_count(main)
         reference = base or next(iter(self.experts.values()))
         reference_name = "the base" if base is not None else f"expert {next(iter(self.experts))!r}"
+        words = vocabulary_tensors(reference.specs)
         for name, expert in self.experts.items():
             require_same_layout(
-                reference.specs, expert.specs, reference_name, f"expert {name!r} ({expert.origin})", any_float=dtype is not None
+                reference.specs,
+                expert.specs,
+                reference_name,
+                f"expert {name!r} ({expert.origin})",
+                any_float=dtype is not None,
+                tokens=words,
             )
         self._reference = reference
         self._specs = {
@@ -175,7 +182,7 @@ class Merged(Checkpoint):
         out = torch.empty(stop - start, dtype=spec.dtype)
         for first, last, shape in self._pieces(name, method, start, stop):
             x_K, base = self._stack(name, method, first, last)
-            noise = _rounding(base, spec) if base is not None and method.scope is Scope.TENSOR else 0.0
+            noise = _rounding(base, spec, self._eps(name)) if base is not None and method.scope is Scope.TENSOR else 0.0
             site = Site(name, spec.shape, first, tuple(self.experts), noise)
             merged = method.apply(x_K.view(len(x_K), *shape), site, stats).reshape(-1)
             if base is not None:
@@ -202,6 +209,10 @@ class Merged(Checkpoint):
                     yield first, last, ((last - first) // row, row)
             case Scope.TENSOR:
                 yield 0, spec.numel, spec.shape
+
+    def _eps(self, name: str) -> float:
+        """The coarsest relative step in which an input stores a tensor."""
+        return max(torch.finfo(checkpoint.spec(name).dtype).eps for checkpoint in self.inputs.values())
 
     def _stack(self, name: str, method: Method, first: int, last: int) -> tuple[Tensor, Tensor | None]:
         """The experts' chunk ``[K, n]`` in the method's space, and the base's chunk if that is task vectors."""
@@ -247,11 +258,11 @@ def _row(spec: TensorSpec) -> int:
     return max(1, spec.numel if len(spec.shape) < 2 else spec.numel // max(1, spec.shape[0]))
 
 
-def _rounding(base: Tensor, spec: TensorSpec) -> float:
+def _rounding(base: Tensor, spec: TensorSpec, eps: float) -> float:
     """The largest singular value to expect of the rounding of a matrix: that of noise of its size, with a margin of two."""
     if len(spec.shape) != 2:
         return 0.0
-    step = torch.finfo(base.dtype).eps * float(base.norm()) / math.sqrt(max(1, spec.numel))  # of a typical element
+    step = eps * float(base.norm()) / math.sqrt(max(1, spec.numel))  # of a typical element
     return 2 * step / math.sqrt(12) * (math.sqrt(spec.shape[0]) + math.sqrt(spec.shape[1]))
 
 

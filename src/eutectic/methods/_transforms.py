@@ -27,10 +27,17 @@ def trim(density: float, over: Over) -> Method:
         return Method(lambda x_K, site, stats: x_K)
 
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        threshold = stats["threshold"].view(-1, *[1] * (x_K.ndim - 1))
-        return torch.where(magnitude_bits(x_K) >= threshold, x_K, 0)
+        return torch.stack([_at_least(x, bits) for x, bits in zip(x_K, stats["threshold"], strict=True)])
 
     return Method(apply, measures=kth_magnitude(density, over))
+
+
+def _at_least(x: Tensor, bits: Tensor) -> Tensor:
+    """``x`` where the bits of its magnitude are not below ``bits``, an int32, else 0."""
+    if x.dtype != torch.float32:
+        return x * (magnitude_bits(x) >= bits)
+    # hardshrink keeps what is larger than its bound, and is many times as fast as a mask: the bound is the float before
+    return torch.nn.functional.hardshrink(x, (bits - 1).view(torch.float32).item()) if bits > 0 else x
 
 
 def drop(density: float | Sequence[float], seed: int) -> Method:
@@ -97,7 +104,7 @@ def band(density: float | Sequence[float], gamma: float) -> Method:
         highest_K, lowest_K = stats["threshold"].view(2, -1, *[1] * (x_K.ndim - 1))
         some_K = torch.tensor(each(density, len(x_K))).view(-1, *[1] * (x_K.ndim - 1)) > 0
         bits = magnitude_bits(x_K)
-        return torch.where((bits <= highest_K) & (bits >= lowest_K) & some_K, x_K, 0)
+        return x_K * ((bits <= highest_K) & (bits >= lowest_K) & some_K)
 
     return Method(apply, measures=order_statistics(twice, ends, "tensor"), experts=count_of(density))
 
@@ -133,7 +140,7 @@ def _toss(x: Tensor, p: float | Tensor, key: tuple[int | str, ...], start: int) 
     """Divide by p where the element's coin, of probability p, says so; else 0."""
     each_p = p.flatten().numpy() if isinstance(p, Tensor) else p
     keep = torch.from_numpy(random_uint32(key, start, x.numel()) < each_p * 2.0**32).view(x.shape)
-    return torch.where(keep, x, 0) / (p.to(x.dtype) if isinstance(p, Tensor) else p)
+    return x * keep / (p.to(x.dtype) if isinstance(p, Tensor) else p)
 
 
 def random_uint32(key: tuple[int | str, ...], start: int, n: int) -> np.ndarray:
@@ -167,7 +174,8 @@ def elect() -> Method:
     """Zero whatever disagrees in sign with the total mass Σ x_k of its element; a total of exactly 0 elects nobody."""
 
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        return torch.where(x_K * torch.sign(total(x_K)) > 0, x_K, 0)
+        sign = torch.sign(total(x_K))
+        return torch.relu(x_K * sign).mul_(sign)  # several times as fast as torch.where, and as exact
 
     return Method(apply)
 
@@ -180,7 +188,7 @@ def disjoint_mean(weights: Sequence[float] | None = None) -> Method:
 
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
         if weights is None:
-            return total(x_K) / x_K.count_nonzero(0).clamp(min=1)
+            return total(x_K) / total(x_K.sign().abs_()).clamp_(min=1)
         mass = weighted([abs(weight) for weight in weights], (x_K != 0).to(x_K.dtype))
         return weighted(weights, x_K) / torch.where(mass > 0, mass, 1)
 
@@ -200,7 +208,7 @@ def weighted_sum(weights: Sequence[float] | float) -> Method:
 
 def active(epsilon: float) -> Method:
     """Zero the elements whose magnitude is not above ``epsilon``."""
-    return Method(lambda x_K, site, stats: torch.where(x_K.abs() > epsilon, x_K, 0))
+    return Method(lambda x_K, site, stats: x_K * (x_K.abs() > epsilon))
 
 
 def scale_by(factor: float) -> Method:

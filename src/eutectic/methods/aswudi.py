@@ -13,7 +13,7 @@ from eutectic.methods._transforms import scale_by
 
 REFERENCE = "Closed-form WUDI (SWUDI, ASWUDI), 2026, arXiv:2606.07289; the loss: Cheng et al., ICML 2025, arXiv:2503.08099"
 #: candidates for a choice on validation data
-GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)}
+GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5, 2.0)}
 
 
 def aswudi(scale: Finite = 1.0) -> Method:

@@ -7,7 +7,7 @@ from eutectic.methods._transforms import band, disjoint_mean, elect, scale_by
 
 REFERENCE = "Davari and Belilovsky, Model breadcrumbs, ECCV 2024, arXiv:2312.06795"
 #: candidates for a choice on validation data
-GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)}
+GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5, 2.0)}
 
 
 def breadcrumbs_ties(

@@ -7,7 +7,7 @@ from eutectic.methods._transforms import disjoint_mean, drop, elect, scale_by
 
 REFERENCE = "Yu et al., Language models are Super Mario (DARE), ICML 2024, arXiv:2311.03099"
 #: candidates for a choice on validation data
-GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)}
+GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5, 2.0)}
 
 
 def dare_ties(

@@ -7,7 +7,7 @@ from eutectic.methods._transforms import disjoint_mean, elect, magprune, scale_b
 
 REFERENCE = "Deep et al., DELLA-Merging: magnitude-based sampling, 2024, arXiv:2406.11617"
 #: candidates for a choice on validation data
-GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)}
+GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5, 2.0)}
 
 
 def della(

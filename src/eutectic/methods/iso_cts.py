@@ -13,7 +13,7 @@ from eutectic.methods._transforms import scale_by, total
 
 REFERENCE = "Marczak et al., No task left behind: isotropic model merging, ICML 2025, arXiv:2502.04959"
 #: candidates for a choice on validation data
-GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)}
+GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5, 2.0)}
 
 
 def iso_cts(common: Fraction = 0.8, scale: Finite = 1.0) -> Method:

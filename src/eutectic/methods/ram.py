@@ -7,7 +7,7 @@ from eutectic.methods._transforms import active, disjoint_mean, scale_by
 
 REFERENCE = "Yuan et al., Behavior knowledge merge in reinforced agentic models (RAM), 2026, arXiv:2601.13572"
 #: candidates for a choice on validation data
-GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)}
+GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5, 2.0)}
 
 
 def ram(epsilon: NonNegative = 1e-5, scale: Finite = 1.0) -> Method:

@@ -10,7 +10,7 @@ from eutectic.methods._transforms import active, scale_by, total
 
 REFERENCE = "Yuan et al., Behavior knowledge merge in reinforced agentic models (RAM), 2026, arXiv:2601.13572"
 #: candidates for a choice on validation data
-GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)}
+GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5, 2.0)}
 
 
 def ramplus_tl(r: NonNegative = 0.1, alpha: NonNegative = 0.2, epsilon: NonNegative = 1e-5, scale: Finite = 1.0) -> Method:

@@ -7,7 +7,7 @@ from eutectic.methods._transforms import disjoint_mean, elect, scale_by, trim
 
 REFERENCE = "Yadav et al., TIES-Merging, NeurIPS 2023, arXiv:2306.01708"
 #: candidates for a choice on validation data
-GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)}
+GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5, 2.0)}
 
 
 def ties(density: Fraction = 0.2, scale: Finite = 1.0, over: Over = "model") -> Method:

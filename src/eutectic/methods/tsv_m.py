@@ -11,7 +11,7 @@ from eutectic.methods._transforms import scale_by
 
 REFERENCE = "Gargiulo et al., Task singular vectors, CVPR 2025, arXiv:2412.00081"
 #: candidates for a choice on validation data
-GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)}
+GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5, 2.0)}
 
 
 def tsv_m(scale: Finite = 1.0) -> Method:

@@ -10,7 +10,7 @@ from eutectic.methods._transforms import scale_by
 
 REFERENCE = "Cheng et al., Whoever started the interference should end it (WUDI), ICML 2025, arXiv:2503.08099"
 #: candidates for a choice on validation data
-GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)}
+GRID = {"scale": (0.1, 0.2, 0.35, 0.6, 1.0, 1.5, 2.0)}
 
 
 def wudi(time: NonNegative = 300.0, scale: Finite = 1.0) -> Method:

@@ -44,6 +44,19 @@ def fine_tune(
     """
     if training.rank:
         attach(backbone, training.rank, training.alpha, training.seed)
+    with torch.random.fork_rng(devices=[]):  # dropout draws from torch's global generator
+        torch.manual_seed(training.seed)
+        _train(backbone, head, train, training, progress)
+    backbone.eval()
+
+
+def _train(
+    backbone: nn.Module,
+    head: Callable[[Tensor], Tensor],
+    train: Arrays,
+    training: Training,
+    progress: Callable[[int, float], None],
+) -> None:
     backbone.train()
     generator = torch.Generator().manual_seed(training.seed)
     parameters = [p for p in backbone.parameters() if p.requires_grad]
@@ -63,7 +76,6 @@ def fine_tune(
         optimiser.step()
         schedule.step()
         progress(step, loss.item())
-    backbone.eval()
 
 
 def _shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
