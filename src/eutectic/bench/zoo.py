@@ -31,6 +31,7 @@ from eutectic.checkpoint.save import save_tensors
 from eutectic.checkpoint.views import Cast, Select
 from eutectic.checkpoint.writer import explained
 from eutectic.errors import MissingDependencyError, TaskError, UnknownNameError, did_you_mean
+from eutectic.merge.run import Progress, silent
 from eutectic.tuning.lora import save_adapter
 from eutectic.tuning.trainer import Training, fine_tune
 
@@ -104,12 +105,6 @@ TEXT = SuiteSpec(
     pooling="mean",
 )
 SPECS = {spec.name: spec for spec in (MINI, DINO, TEXT)}
-
-Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Report nothing."""
 
 
 def packaged() -> Path:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from eutectic.checkpoint.spec import layout_nbytes
-from eutectic.checkpoint.writer import require_space
 from eutectic.merge.compose import Composed
 from eutectic.merge.view import Merged
 
@@ -38,8 +36,3 @@ def plan(merged: Merged | Composed, workers: int = 2) -> Plan:
         # float32 experts, base and result, and as much again in temporaries
         working_bytes=workers * chunk * 4 * 2 * (len(inputs) + 2),
     )
-
-
-def check_space(merged: Merged | Composed, out: Path) -> None:
-    """Raise DiskFullError if the output will not fit the disk of ``out``."""
-    require_space(out, layout_nbytes(merged.specs))
