@@ -79,7 +79,7 @@ class MergekitRecipe:
         """
         from eutectic.merge.mergekit_open import open_recipe
 
-        return open_recipe(self, folder)
+        return open_recipe(self, self.result, folder)
 
 
 def is_mergekit(found: list[Any]) -> bool:

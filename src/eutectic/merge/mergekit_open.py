@@ -9,14 +9,11 @@ from pathlib import Path
 from eutectic.checkpoint.aligned import aligned
 from eutectic.checkpoint.alignment import Alignment
 from eutectic.checkpoint.base import Checkpoint
-from eutectic.checkpoint.folder import from_hub
-from eutectic.checkpoint.lora import open_lora
-from eutectic.errors import CheckpointError, RecipeError
-from eutectic.merge import api
 from eutectic.merge.compose import Composed, Outcome
 from eutectic.merge.mergekit import MergekitRecipe
 from eutectic.merge.mergekit_merge import Merger, located
-from eutectic.merge.mergekit_schema import Document, Reference
+from eutectic.merge.mergekit_models import Models
+from eutectic.merge.mergekit_schema import Document
 from eutectic.merge.slices import relayered
 from eutectic.merge.vocabularies import (
     Tokenizer,
@@ -28,18 +25,18 @@ from eutectic.merge.vocabularies import (
 )
 
 _BLOCKS = ("tokenizer", "tokenizer_source")  # the one that a document lacks is passed over
-Parts = tuple[str, str | None, str | None, str | None]  # path, revision, lora, its revision
 
 
-def open_recipe(recipe: MergekitRecipe, folder: Path) -> Composed:
-    """See ``MergekitRecipe.open``."""
-    return _Opener(recipe, folder).composed()
+def open_recipe(recipe: MergekitRecipe, result: Document, folder: Path) -> Composed:
+    """See ``MergekitRecipe.open``; ``result`` is the recipe's."""
+    return _Opener(recipe, result, folder).composed()
 
 
 class _Opener:
-    def __init__(self, recipe: MergekitRecipe, folder: Path) -> None:
-        self.recipe, self.folder = recipe, folder
+    def __init__(self, recipe: MergekitRecipe, result: Document, folder: Path) -> None:
+        self.recipe, self.result = recipe, result
         self.named = {document.name: document for document in recipe.documents if document.name is not None}
+        self.models = Models(folder, self.named)
         self.notes: list[str] = []
         self.tokenizers: dict[str, Tokenizer | None] = {}
         self.aligned: dict[str | None, tuple[Tokenizer, Alignment]] = {}
@@ -47,17 +44,17 @@ class _Opener:
     def composed(self) -> Composed:
         """The result over all models that it needs, each opened once."""
         recipe, inputs = self.recipe, dict[str, Checkpoint]()
-        used = list(self._needed(recipe.result, ()))
+        used = list(self._needed(self.result, ()))
         try:
             for document in used:
                 for reference in document.references():
                     if reference.text not in inputs and reference.text not in self.named:
-                        inputs[reference.text] = self._open(document, reference)
+                        inputs[reference.text] = self.models.open(document.reader, reference)
             composed = Composed(
                 inputs,
-                lambda models: self._built(recipe.result, models),
+                lambda models: self._built(self.result, models),
                 method=", ".join(recipe.methods),
-                chat_template=self._template(recipe.result, inputs),
+                chat_template=self._template(self.result, inputs),
             )
             self._check_config(composed)
         except BaseException:
@@ -128,67 +125,6 @@ class _Opener:
             self.notes.append(f"{where}: no model has a chat template, so the output has none")
         return found
 
-    # ── models ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _open(self, document: Document, reference: Reference) -> Checkpoint:
-        try:
-            path, revision, lora, lora_revision = self._split(reference)
-            if lora is not None and path in self.named:
-                raise RecipeError(f"{lora!r} cannot be applied to {path!r}, which this recipe makes; save that first")
-            local = self._local(path, revision)
-            model = api.open(local if local is not None else f"{path}@{revision}" if revision else path)
-            if lora is None:
-                return model
-            try:
-                local = self._local(lora, lora_revision)
-                if local is None and not _is_hub_id(lora):
-                    raise CheckpointError(f"{lora}: no such file or folder. Check the path.")
-                return open_lora(local if local is not None else from_hub(lora, lora_revision), model)
-            except BaseException:
-                model.close()
-                raise
-        except (RecipeError, CheckpointError) as error:
-            raise type(error)(f"{document.reader.where(reference.path)}: {error}") from None
-
-    def _split(self, reference: Reference) -> Parts:
-        """``path[@revision][+lora[@revision]]``; what is there under the whole of its name is a path."""
-        if reference.parts is not None:
-            return reference.parts
-        text = reference.text
-        if self._exists(text):
-            return text, None, None, None
-        splits = [(text[:i], text[i + 1 :]) for i, letter in enumerate(text) if letter == "+" and 0 < i < len(text) - 1]
-        known = [split for split in splits if self._is_known(split[0])]
-        both = [split for split in known or splits if self._is_known(split[1])]
-        if not splits:
-            return (*self._revision(text), None, None)
-        model, lora = (both or known or splits)[0]
-        return (*self._revision(model), *self._revision(lora))
-
-    def _is_known(self, text: str) -> bool:
-        path, _ = self._revision(text)
-        return self._exists(path) or path in self.named
-
-    def _revision(self, text: str) -> tuple[str, str | None]:
-        if self._exists(text):
-            return text, None
-        splits = [(text[:i], text[i + 1 :]) for i, letter in enumerate(text) if letter == "@" and 0 < i < len(text) - 1]
-        path, revision = ([split for split in splits if self._exists(split[0])] or splits or [(text, None)])[0]
-        return path, revision
-
-    def _exists(self, text: str) -> bool:
-        try:
-            return (self.folder / text).exists()
-        except OSError:  # too long for a file name
-            return False
-
-    def _local(self, path: str, revision: str | None) -> Path | None:
-        if not self._exists(path):
-            return None
-        if revision is not None:
-            raise RecipeError(f"{path!r} is a local path, which has no revision {revision!r}")
-        return self.folder / path
-
     def _check_config(self, composed: Composed) -> None:
         """Note a number of layers that the donor's config does not tell; saving cannot correct it."""
         donor = composed.inputs[composed.donor]
@@ -200,7 +136,3 @@ class _Opener:
         for prefix in relayered(config, composed.layers)[1]:
             count = len(composed.layers[prefix].layers)
             self.notes.append(f"{path}: the number of layers of {prefix!r} is not found; set it to {count} in the output's")
-
-
-def _is_hub_id(text: str) -> bool:
-    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")

@@ -96,7 +96,7 @@ def read_document(reader: Reader) -> Document:
         raise reader.error(
             bodies[1:2], f"give one of `models`, `slices` and `modules`, not {' and '.join(bodies) if bodies else 'none'}"
         )
-    base = _reference(reader, top["base_model"], ("base_model",)) if "base_model" in top else None
+    base = read_reference(reader, top["base_model"], ("base_model",)) if "base_model" in top else None
     if base is None and rule.base == "vectors":
         raise reader.error(["merge_method"], f"{method} works on task vectors: it needs a `base_model`")
     if "tokenizer" in top and "tokenizer_source" in top:
@@ -116,7 +116,7 @@ def read_document(reader: Reader) -> Document:
         base,
         modules,
         _settings(reader, rule, top, ()),
-        _dtype(reader, top),
+        read_dtype(reader, top),
         None,
         _template(reader, top["chat_template"]) if "chat_template" in top else None,
     )
@@ -160,7 +160,7 @@ def _slice(reader: Reader, rule: Rule, node: Any, path: Path) -> Slice:
     if len(lengths) > 1:
         ranges = ", ".join(str(list(source.layers)) if source.layers else "all" for source in sources)
         raise reader.error(where, f"the sources of one slice must have as many layers each, not {ranges}")
-    base = _reference(reader, body["base_model"], (*path, "base_model")) if "base_model" in body else None
+    base = read_reference(reader, body["base_model"], (*path, "base_model")) if "base_model" in body else None
     return Slice(tuple(sources), base, _settings(reader, rule, body, path), path)
 
 
@@ -175,10 +175,11 @@ def _source(reader: Reader, rule: Rule, node: Any, path: Path, known: tuple[str,
         if first >= last:
             raise reader.error(where, f"`layer_range` [{first}, {last}] holds no layer: its end is exclusive")
         layers = (first, last)
-    return Source(_reference(reader, body["model"], (*path, "model")), layers, _settings(reader, rule, body, path), path)
+    return Source(read_reference(reader, body["model"], (*path, "model")), layers, _settings(reader, rule, body, path), path)
 
 
-def _reference(reader: Reader, node: Any, path: Path) -> Reference:
+def read_reference(reader: Reader, node: Any, path: Path) -> Reference:
+    """A model, as a string or a mapping.  Raises RecipeError with the line."""
     if isinstance(node, str):
         return Reference(reader.text(node, path), path)
     body = reader.mapping(node, path, ("model", "lora", "override_architecture"), required=["model"])
@@ -224,7 +225,8 @@ def _settings(reader: Reader, rule: Rule, body: Mapping[str, Any], path: Path) -
     return found
 
 
-def _dtype(reader: Reader, top: Mapping[str, Any]) -> str | None:
+def read_dtype(reader: Reader, top: Mapping[str, Any]) -> str | None:
+    """The output's dtype, None if nothing is said.  Raises RecipeError with the line."""
     found = None
     for key in ("dtype", "out_dtype"):  # all arithmetic is in float32, so that the first says only what is saved
         if key in top:
@@ -269,7 +271,7 @@ def _tokenizer(reader: Reader, top: Mapping[str, Any], document: Document) -> To
 
 
 def _tokenizer_source(reader: Reader, node: Any, path: Path, document: Document) -> str:
-    source = _reference(reader, node, path).text
+    source = read_reference(reader, node, path).text
     if source == "base" and document.base is None:
         raise reader.error(path, "the tokenizer of the `base` is asked for, and there is no `base_model`")
     return source
@@ -301,7 +303,7 @@ def _token(reader: Reader, node: Any, path: Path, models: list[str]) -> dict[str
 
 
 def _known_model(reader: Reader, node: Any, path: Path, models: list[str]) -> str:
-    text = _reference(reader, node, path).text
+    text = read_reference(reader, node, path).text
     if text not in models:
         raise reader.error(path, f"{text!r} is none of the models that are merged.{did_you_mean(text, models)}")
     return text
