@@ -62,12 +62,15 @@ def merge(
 ) -> None:
     """Merge checkpoints as RECIPE says and write a Hugging Face folder OUT, whole or not at all."""
     from eutectic.merge import run
+    from eutectic.merge.compose import Composed
 
     parsed, merged = _open_recipe(recipe, compat)
     if len(merged.experts) == 1:
         print(f"note: one expert only; {merged.method} scales or copies it", file=sys.stderr)
     with _bar() as progress:
         run.save(merged, out, replace=force, recipe=parsed, progress=progress)
+    for note in merged.mixture.found if isinstance(merged, Composed) and merged.mixture else ():
+        print(f"note: {note}", file=sys.stderr)
     print(f"{out}: {merged.method} of {len(merged.experts)} expert(s)")
 
 

@@ -210,6 +210,7 @@ dtype: bfloat16
 MOE = """
 base_model: org/chat-7b
 gate_mode: hidden
+experts_per_token: 1
 experts:
   - source_model: org/math-7b
     positive_prompts: ["Solve the equation"]
@@ -415,10 +416,9 @@ def test_the_order_of_documents_does_not_matter(opened):
     assert torch.equal(turned.read(HEAD), opened(STREAM).read(HEAD))
 
 
-def test_a_mixture_of_experts_is_for_fuse():
-    for text in (MOE, "merge_method: linear\nmodels: [{model: a}]\nname: x\n---" + MOE):
-        with pytest.raises(RecipeError, match=r"mk\.yaml:\d+: .*`eutectic fuse`"):
-            parse_mergekit(text, "mk.yaml")
+def test_a_mixture_of_experts_stands_alone():
+    with pytest.raises(RecipeError, match=r"mk\.yaml:\d+: .*stands alone"):
+        parse_mergekit("merge_method: linear\nmodels: [{model: a}]\nname: x\n---" + MOE, "mk.yaml")
 
 
 # ── parameters ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -879,8 +879,7 @@ def test_the_schema_is_recognised(tmp_path):
     with pytest.raises(RecipeError, match="merge_method"):
         load(path, compat=True)
     path.write_text(MOE)
-    with pytest.raises(RecipeError, match="fuse"):
-        load(path)
+    assert load(path).methods == ("moe",)
 
 
 def test_hashes():

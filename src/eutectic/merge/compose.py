@@ -11,6 +11,7 @@ from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.spec import Layout
 from eutectic.errors import LayoutError
 from eutectic.merge.slices import Origin
+from eutectic.merge.upcycle import Mixture, Upcycled
 from eutectic.merge.view import CHUNK, Merged
 from eutectic.merge.vocabularies import Tokenizer
 
@@ -48,8 +49,8 @@ class Joined(Checkpoint):
 
 
 def prepare(checkpoint: Checkpoint, name: str) -> None:
-    """Take the measurements that reading ``name`` needs, if the checkpoint is a merge."""
-    if isinstance(checkpoint, (Merged, Joined)):
+    """Take the measurements that reading ``name`` needs, if the checkpoint takes any."""
+    if isinstance(checkpoint, (Merged, Joined, Upcycled)):
         checkpoint.prepare(name)
 
 
@@ -63,13 +64,15 @@ class Outcome(NamedTuple):
     """What a recipe's build function gives: the tensors, and what else a saved folder needs to know.
 
     ``donor`` is the input whose config and tokenizer files the output takes over; ``layers`` says how the output's stacks
-    are made of the donor's, for the config's number of layers, and ``tokenizer`` what the output's is if not the donor's.
+    are made of the donor's, for the config's number of layers, ``tokenizer`` what the output's is if not the donor's, and
+    ``mixture`` what else becomes of the config if the output is a mixture of experts.
     """
 
     checkpoint: Checkpoint
     donor: str
     layers: Mapping[str, Origin]
     tokenizer: Tokenizer | None = None
+    mixture: Mixture | None = None
 
 
 @final
@@ -99,7 +102,7 @@ class Composed(Checkpoint):
         """
         self.inputs, self._build = dict(inputs), build
         self.method, self.notes, self.chat_template = method, tuple(notes), chat_template
-        self._below, self.donor, self.layers, self.tokenizer = build(self.inputs)
+        self._below, self.donor, self.layers, self.tokenizer, self.mixture = build(self.inputs)
         self.origin, self.files = self._below.origin, self._below.files
         self.chunk = CHUNK
 
@@ -111,12 +114,16 @@ class Composed(Checkpoint):
     @property
     def experts(self) -> list[str]:
         """The models that are merged, in order: all inputs but those that serve as a base alone."""
+        if self.mixture is not None:
+            return list(self.mixture.experts)
         named = dict.fromkeys(name for merged in merges_of(self._below) for name in merged.experts)
         return list(named) or list(self.inputs)
 
     @property
     def parameters(self) -> dict[str, Any]:
         """Those of the first merge; others, and single tensors, may have their own."""
+        if self.mixture is not None:
+            return dict(self.mixture.parameters)
         return dict(next((merged.parameters for merged in merges_of(self._below)), {}))
 
     @property
@@ -144,7 +151,7 @@ class Composed(Checkpoint):
 
     def passes(self) -> int:
         """How many times an input is read at most, not counting merges within merges."""
-        return max((merged.passes() for merged in self.merges), default=1)
+        return max((merged.passes() for merged in self.merges), default=self.mixture.passes if self.mixture else 1)
 
     def prepare(self, name: str) -> None:
         """Take the measurements that reading ``name`` needs."""

@@ -18,6 +18,7 @@ from ruamel.yaml.comments import CommentedMap
 
 from eutectic.errors import RecipeError
 from eutectic.merge.compose import Composed
+from eutectic.merge.mergekit_moe import MoeDocument, is_moe, open_moe, read_moe
 from eutectic.merge.mergekit_schema import Document, read_document
 from eutectic.merge.mergekit_values import Reader
 from eutectic.merge.recipe import documents, plain
@@ -28,18 +29,25 @@ __all__ = ["MergekitRecipe", "TokenizerSpec", "is_mergekit", "parse_mergekit"]
 
 @dataclass(frozen=True)
 class MergekitRecipe:
-    """A recipe in mergekit's schema; ``documents`` in the stream's order, ``result`` the one whose output is saved."""
+    """A recipe in mergekit's schema; ``documents`` in the stream's order, ``result`` the one whose output is saved.
+
+    A mixture of experts stands alone: it is the result, and there are no documents.
+    """
 
     source: str
     compat: bool
     documents: tuple[Document, ...]
-    result: Document
+    result: Document | MoeDocument
     data: tuple[dict[str, Any], ...]
+
+    @property
+    def _all(self) -> tuple[Document | MoeDocument, ...]:
+        return self.documents or (self.result,)
 
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods that it names, each once."""
-        return tuple(dict.fromkeys(document.method for document in self.documents))
+        return tuple(dict.fromkeys(document.method for document in self._all))
 
     @property
     def base_models(self) -> tuple[str, ...]:
@@ -49,7 +57,7 @@ class MergekitRecipe:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was ignored and why, a line each."""
-        return tuple(note for document in self.documents for note in document.reader.notes)
+        return tuple(note for document in self._all for note in document.reader.notes)
 
     def canonical_json(self) -> str:
         """Sorted keys, no spaces: documents that say the same in another order or layout give equal text."""
@@ -79,12 +87,14 @@ class MergekitRecipe:
         """
         from eutectic.merge.mergekit_open import open_recipe
 
+        if isinstance(self.result, MoeDocument):
+            return open_moe(self, self.result, folder)
         return open_recipe(self, self.result, folder)
 
 
 def is_mergekit(found: list[Any]) -> bool:
     """Whether a stream of YAML documents is in mergekit's schema, its MoE schema included."""
-    return any(isinstance(document, Mapping) and ("merge_method" in document or _is_moe(document)) for document in found)
+    return any(isinstance(document, Mapping) and ("merge_method" in document or is_moe(document)) for document in found)
 
 
 def parse_mergekit(text: str, source: str = "recipe", compat: bool = False) -> MergekitRecipe:
@@ -98,11 +108,11 @@ def parse_mergekit(text: str, source: str = "recipe", compat: bool = False) -> M
     for document in found:
         if not isinstance(document, CommentedMap):
             raise RecipeError(f"{source}:1: a recipe is a mapping with a `merge_method:`")
-        if _is_moe(document):
-            raise RecipeError(
-                f"{Reader(document, source, compat).where(['experts'])}: a mixture of experts is no merge recipe; "
-                "that is the territory of `eutectic fuse`"
-            )
+        if is_moe(document):
+            reader = Reader(document, source, compat)
+            if len(found) > 1:
+                raise reader.error(["experts"], "a mixture of experts stands alone: save the other documents' outputs first")
+            return MergekitRecipe(source, compat, (), read_moe(reader), (plain(document),))
         read.append(read_document(Reader(document, source, compat)))
     if not read:
         raise RecipeError(f"{source}:1: a recipe is a mapping with a `merge_method:`")
@@ -114,9 +124,3 @@ def parse_mergekit(text: str, source: str = "recipe", compat: bool = False) -> M
     if len(unnamed) > 1:
         raise unnamed[1].reader.error([], "two documents have no `name`; only the one that is the result may lack it")
     return MergekitRecipe(source, compat, tuple(read), (unnamed or read)[-1], tuple(plain(document) for document in found))
-
-
-def _is_moe(document: Mapping[str, Any]) -> bool:
-    experts = document.get("experts")
-    listed = isinstance(experts, list) and any(isinstance(item, Mapping) and "source_model" in item for item in experts)
-    return "merge_method" not in document and (listed or ("gate_mode" in document and "experts" in document))

@@ -180,6 +180,8 @@ def _write_side_files(checkpoint: Checkpoint, donor: Checkpoint, folder: Path) -
     if composed is not None and (folder / "config.json").exists():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         changed, _ = relayered(config, composed.layers)
+        if composed.mixture is not None:
+            changed = composed.mixture.config(changed)
         if changed != config:
             text = json.dumps(changed, indent=2, ensure_ascii=False)
             (folder / "config.json").write_text(text + "\n", encoding="utf-8")
