@@ -40,6 +40,10 @@ CompatOption = Annotated[
     Compat | None,
     typer.Option("--compat", help="Read a recipe in mergekit's schema with mergekit's conventions, not the papers'."),
 ]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", help="What the process may take, like 2GiB; 1.5 GiB, or more for a large tensor, if left out."),
+]
 SuiteName = Annotated[str, typer.Option("--suite", help="A suite of the zoo, or a folder that holds one.")]
 
 
@@ -59,38 +63,48 @@ def merge(
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an existing folder.")] = False,
     compat: CompatOption = None,
+    memory: MemoryOption = None,
 ) -> None:
     """Merge checkpoints as RECIPE says and write a Hugging Face folder OUT, whole or not at all."""
     from eutectic.merge import run
     from eutectic.merge.compose import Composed
+    from eutectic.merge.plan import bytes_of
 
     parsed, merged = _open_recipe(recipe, compat)
     if len(merged.experts) == 1:
         print(f"note: one expert only; {merged.method} scales or copies it", file=sys.stderr)
     with _bar() as progress:
-        run.save(merged, out, replace=force, recipe=parsed, progress=progress)
+        limit = bytes_of(memory) if memory else None
+        run.save(merged, out, replace=force, recipe=parsed, memory_bytes=limit, progress=progress)
     for note in merged.mixture.found if isinstance(merged, Composed) and merged.mixture else ():
         print(f"note: {note}", file=sys.stderr)
     print(f"{out}: {merged.method} of {len(merged.experts)} expert(s)")
 
 
 @app.command()
-def plan(recipe: RecipeFile, compat: CompatOption = None) -> None:
+def plan(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Argument(help="Where the merge would be written, for the room on that disk.")] = Path(),
+    compat: CompatOption = None,
+    memory: MemoryOption = None,
+) -> None:
     """Say what merging RECIPE would read, write and need, from headers alone."""
+    from eutectic.checkpoint.writer import free_bytes
+    from eutectic.merge.plan import bytes_of
     from eutectic.merge.plan import plan as make_plan
 
     _, merged = _open_recipe(recipe, compat)
-    planned = make_plan(merged)
+    planned = make_plan(merged, bytes_of(memory) if memory else None)
     print(f"method          {merged.method} {merged.parameters}")
     print(f"experts         {', '.join(merged.experts)}")
     print(f"tensors         {planned.tensors}, of them merged {planned.merged_tensors}; {planned.parameters:,} parameters")
     print(f"passes          {planned.passes}")
-    for what, nbytes in (
-        ("read", planned.read_bytes),
-        ("write", planned.write_bytes),
-        ("working memory", planned.working_bytes),
+    for what, nbytes, more in (
+        ("read", planned.read_bytes, ""),
+        ("write", planned.write_bytes, f", {free_bytes(out) / 2**20:,.1f} MiB are free"),
+        ("peak memory", planned.peak_bytes, f" at most; {planned.largest} takes most"),
     ):
-        print(f"{what:15} {nbytes / 2**20:,.1f} MiB")
+        print(f"{what:15} {nbytes / 2**20:,.1f} MiB{more}")
 
 
 @app.command()

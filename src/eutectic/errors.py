@@ -8,6 +8,7 @@
     ├── ParameterError              a method's parameter that is misspelt, missing or out of range
     ├── UnknownNameError            a method, suite or task that nobody registered
     ├── TaskError                   a task, split or head that cannot be scored
+    ├── BudgetError                 a merge that does not fit the memory it may take
     ├── OutputError                 an output that exists, or cannot be written
     │   └── DiskFullError           there is, or would be, no room for the output
     └── MissingDependencyError      an optional package that this call needs
@@ -56,6 +57,10 @@ class UnknownNameError(EutecticError):
 
 class TaskError(EutecticError):
     """A task, split or head that cannot be scored."""
+
+
+class BudgetError(EutecticError):
+    """A merge that does not fit the memory it may take."""
 
 
 class OutputError(EutecticError):

@@ -103,11 +103,11 @@ def test_an_empty_checkpoint_is_a_file(tmp_path):
 def test_progress_is_told_and_may_stop_it(chunk, tmp_path, tensors):
     seen = []
     total = layout_nbytes(Memory(tensors).specs)
-    save_tensors(Memory(tensors), tmp_path, progress=lambda done, of: seen.append((done, of)))
+    save_tensors(Memory(tensors), tmp_path, progress=lambda what, done, of: seen.append((done, of)))
     assert seen == sorted(seen)
     assert seen[-1] == (total, total)
 
-    def stop(done, of):
+    def stop(what, done, of):
         raise KeyboardInterrupt
 
     folder = tmp_path / "second"

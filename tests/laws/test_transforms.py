@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from eutectic.errors import ParameterError
+from eutectic.methods import _measures
 from eutectic.methods._measures import gram, kth_magnitude, magnitude_bits
 from eutectic.methods._method import Method, Scope, Site, chain
-from eutectic.methods._transforms import disjoint_mean, drop, elect, random_uint32, scale_by, trim, weighted_sum
+from eutectic.methods._native import random_uint32
+from eutectic.methods._transforms import disjoint_mean, drop, elect, scale_by, trim, weighted_sum
 
 K, N, CUT = 5, 3 * 4096 + 123, 4096
 
@@ -188,7 +190,9 @@ def test_gram_is_the_same_bits_in_any_order():
 
 @pytest.mark.parametrize("density", [1e-9, 0.001, 0.2, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("kind", ["continuous", "ties", "zeros"])
-def test_kth_magnitude_is_a_sort_in_any_order(density, kind):
+@pytest.mark.parametrize("few", [0, N // 2, 1 << 16])
+def test_kth_magnitude_is_a_sort_in_any_order(density, kind, few, monkeypatch):
+    monkeypatch.setattr(_measures, "_FEW", few)  # held as they are, or poured into histograms, or both in turn
     x_K = vectors()
     if kind != "continuous":
         x_K = (x_K * 4).round() / 4
@@ -208,7 +212,7 @@ def test_kth_magnitude_is_a_sort_in_any_order(density, kind):
 @pytest.mark.parametrize(("n", "density"), [(100_000_007, 0.3), (2**31, 0.2), (70_000_000_001, 0.2)])
 def test_ranks_are_exact_in_models_of_any_size(n, density):
     high, _ = kth_magnitude(density, "model")
-    counts = high.init(1)
+    counts = torch.zeros(1, 1 << 15, dtype=torch.int64)
     counts[0, 77] = n
-    bin_K, rank_K = high.finish(counts)
-    assert (bin_K.item(), rank_K.item()) == (77, round(density * n))
+    found = high.finish(high.init(1)._replace(counts_QB=counts))
+    assert (found.high_Q.item(), found.rest_Q.item()) == (77, round(density * n))

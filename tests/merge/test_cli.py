@@ -195,7 +195,7 @@ def test_plan(run, recipe, models, listing):
     assert lines["tensors"] == "4, of them merged 3; 65 parameters"
     assert lines["passes"] == "3"
     assert {"read", "write"} <= lines.keys()
-    assert "working memory" in out
+    assert "peak memory" in out
     assert listing() == before
 
 

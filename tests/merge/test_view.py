@@ -178,7 +178,7 @@ def test_the_plan_counts():
     assert found.passes == 3
     assert found.write_bytes == 60 * 4 + 5 * 8
     assert found.read_bytes == 3 * 3 * found.write_bytes
-    assert found.working_bytes > 0
+    assert found.work_bytes > 0
     assert plan(api.merge("average", None, [A, B])).passes == 1
 
 

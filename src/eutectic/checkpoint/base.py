@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from eutectic.checkpoint.spec import Layout, TensorSpec
 from eutectic.errors import CheckpointError, did_you_mean
+
+#: ``map``, or one that works on several items at a time and still gives the results in order
+Spread = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+
+
+class Span(NamedTuple):
+    """Elements ``start:stop`` of the flattened tensor ``name``."""
+
+    name: str
+    start: int
+    stop: int
 
 
 class Checkpoint(ABC):
@@ -66,9 +78,24 @@ class Checkpoint(ABC):
             raise CheckpointError(f"{self.origin}: {name!r} has {self.spec(name).numel} elements, not {start}:{stop}")
         return self._read(name, start, stop)
 
+    def read_spans(self, spans: Sequence[Span]) -> Tensor:
+        """Parts of tensors of one dtype, end to end, as ``[n]``; the arguments are valid.
+
+        What is many small tensors to a model can be one read, and one computation.
+        """
+        flats = [self._read(*span) for span in spans]
+        return flats[0] if len(flats) == 1 else torch.cat(flats)
+
     def grain(self, name: str) -> int:
         """How many elements of a tensor are best read together: fewer would cost as much."""
         return 1
+
+    def prepare(self, names: Sequence[str], spread: Spread = map) -> None:  # noqa: B027 — most need nothing
+        """Do once what reading these tensors needs, on as many threads as ``spread`` has.  Nothing by default."""
+
+    def need_bytes(self, name: str, n: int) -> int:
+        """An upper bound of the memory that reading n elements of a tensor takes, the result included."""
+        return 2 * n * self.specs[name].dtype.itemsize
 
     def close(self) -> None:  # noqa: B027 — most checkpoints hold nothing open
         """Release files; reading afterwards is an error.  Nothing to do by default."""

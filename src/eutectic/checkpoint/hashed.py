@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 from blake3 import blake3
 from torch import Tensor
 
-from eutectic.checkpoint.base import Checkpoint, element_bytes
+from eutectic.checkpoint.base import Checkpoint, Span, Spread, element_bytes
 from eutectic.checkpoint.spec import Layout
 
-#: Elements of a leaf.  Reads that begin and end at its multiples (or at the tensor's end) are hashed as they pass.
+#: Elements of a leaf.  Those that lie within a read as a whole are hashed as they pass.
 LEAF = 1 << 18
 
 
@@ -34,11 +35,34 @@ class Hashed(Checkpoint):
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         flat = self._below._read(name, start, stop)
-        if start % LEAF == 0 and (stop % LEAF == 0 or stop == self.specs[name].numel):
-            leaves = self._leaves[name]
-            if start // LEAF not in leaves:
-                leaves.update(enumerate(leaf_hashes(flat), start // LEAF))
+        self._hash(name, start, stop, flat)
         return flat
+
+    def read_spans(self, spans: Sequence[Span]) -> Tensor:
+        """As below."""
+        flat, at = self._below.read_spans(spans), 0
+        for name, start, stop in spans:
+            self._hash(name, start, stop, flat[at : (at := at + stop - start)])
+        return flat
+
+    def _hash(self, name: str, start: int, stop: int, flat: Tensor) -> None:
+        """Note the hashes of the leaves that lie within ``start:stop``."""
+        leaves = self._leaves[name]
+        first, last = -(-start // LEAF), -(-stop // LEAF) if stop == self.specs[name].numel else stop // LEAF
+        if first < last and not (first in leaves and last - 1 in leaves):
+            leaves.update(enumerate(leaf_hashes(flat[first * LEAF - start : last * LEAF - start]), first))
+
+    def prepare(self, names: Sequence[str], spread: Spread = map) -> None:
+        """As below."""
+        self._below.prepare(names, spread)
+
+    def need_bytes(self, name: str, n: int) -> int:
+        """As below."""
+        return self._below.need_bytes(name, n)
+
+    def grain(self, name: str) -> int:
+        """As below."""
+        return self._below.grain(name)
 
     def tensor_hash(self, name: str) -> str:
         """The hash of one tensor's elements; reads what has not passed yet."""

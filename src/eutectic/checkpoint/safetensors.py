@@ -11,6 +11,7 @@ import os
 import stat
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint._files import AGAIN, MAX_JSON_BYTES, inside, parse_json, read_json
-from eutectic.checkpoint.base import Checkpoint
+from eutectic.checkpoint.base import Checkpoint, Span
 from eutectic.checkpoint.spec import DTYPES, Layout, TensorSpec
 from eutectic.errors import CheckpointError, did_you_mean
 
@@ -80,11 +81,24 @@ class SafetensorsFile(Checkpoint):
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         entry = self._entries[name]
-        size = entry.spec.dtype.itemsize
-        buffer = torch.empty((stop - start) * size, dtype=torch.uint8)
-        _fill(self._descriptor(), buffer.numpy().data, entry.begin + start * size, self._path, repr(name))
+        return self._elements(entry.spec.dtype, entry.begin + start * entry.spec.dtype.itemsize, stop - start, name)
+
+    def _elements(self, dtype: torch.dtype, begin: int, n: int, name: str) -> Tensor:
+        buffer = torch.empty(n * dtype.itemsize, dtype=torch.uint8)
+        _fill(self._descriptor(), buffer.numpy().data, begin, self._path, repr(name))
         # A byte that is neither 0 nor 1 is no bool: reading it as one would be undefined.
-        return buffer.ne(0) if entry.spec.dtype is torch.bool else buffer.view(entry.spec.dtype)
+        return buffer.ne(0) if dtype is torch.bool else buffer.view(dtype)
+
+    def read_spans(self, spans: Sequence[Span]) -> Tensor:
+        """As one read where the spans lie side by side in the file."""
+        first = self._entries[spans[0].name]
+        dtype, size = first.spec.dtype, first.spec.dtype.itemsize
+        begin = at = first.begin + spans[0].start * size
+        for name, start, stop in spans:
+            if self._entries[name].begin + start * size != at:
+                return super().read_spans(spans)
+            at += (stop - start) * size
+        return self._elements(dtype, begin, (at - begin) // size, f"{spans[0].name} to {spans[-1].name}")
 
     def _descriptor(self) -> int:
         with self._lock:
@@ -133,6 +147,13 @@ class Sharded(Checkpoint):
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         return self._shards[self._shard_of[name]]._read(name, start, stop)
+
+    def read_spans(self, spans: Sequence[Span]) -> Tensor:
+        """As the shard's, if they are in one."""
+        file = self._shard_of[spans[0].name]
+        if all(self._shard_of[span.name] == file for span in spans):
+            return self._shards[file].read_spans(spans)
+        return super().read_spans(spans)
 
     def close(self) -> None:
         """Close all shards; reading afterwards raises CheckpointError."""

@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from eutectic.checkpoint.base import Checkpoint
+from eutectic.checkpoint.base import Checkpoint, Span
 from eutectic.checkpoint.hashed import LEAF, leaf_hashes, root_hash
 from eutectic.checkpoint.publish import Journal
 from eutectic.checkpoint.spec import layout_nbytes
 from eutectic.checkpoint.writer import MAX_SHARD_BYTES, SafetensorsWriter
 
-#: Elements that one thread reads and writes at once.
-CHUNK = 4 * LEAF
+Progress = Callable[[str, int, int], None]  # what, done, total
+Leaves = dict[str, dict[int, bytes]]  # tensor → place of a leaf → its hash
+Unit = list[Span]
+
+#: Elements that one thread reads and writes at once, and small tensors that are then taken together.
+CHUNK, TOGETHER = 4 * LEAF, 256
+#: Elements after which what was measured is applied: while a pass over so few can still be in the page cache.
+WINDOW = 1 << 28
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+class Budget:
+    """Bytes of memory that threads share: each waits for its part, and gives it back."""
+
+    def __init__(self, nbytes: float) -> None:
+        """``nbytes`` may be infinite."""
+        self._free, self._size, self._turn = nbytes, nbytes, threading.Condition()
+
+    @contextmanager
+    def hold(self, nbytes: int) -> Generator[None, None, None]:
+        """Have ``nbytes``, or all there are, while the body runs."""
+        part = min(nbytes, self._size)
+        with self._turn:
+            self._turn.wait_for(lambda: self._free >= part)
+            self._free -= part
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._free += part
+                self._turn.notify_all()
 
 
 def save_tensors(
@@ -22,55 +57,138 @@ def save_tensors(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     threads: int = 2,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    budget_bytes: float = float("inf"),
+    progress: Progress = silent,
     journal: Journal | None = None,
 ) -> dict[str, str]:
     """Write any checkpoint, chunk by chunk, as safetensors files into an existing folder; returns each tensor's hash.
 
-    At most ``threads`` chunks of 1,048,576 elements are in memory.  ``progress(bytes_done, bytes_total)`` is called from this
-    thread; if it raises, the save stops.  Whatever is raised, no file is left, unless a ``journal`` is kept: then chunks that
-    it names, and that still have their hash, are not computed again.  Raises OutputError and DiskFullError.
+    At most ``threads`` chunks are in memory, and fewer if they would need more than ``budget_bytes``.  ``progress`` is called
+    from this thread, in bytes; if it raises, the save stops.  Whatever is raised, no file is left, unless a ``journal`` is
+    kept: then chunks that it names, and that still have their hash, are not computed again.
+    Raises OutputError and DiskFullError.
     """
     layout = dict(checkpoint.specs)
-    leaves: dict[str, dict[int, bytes]] = {name: {} for name in layout}
+    leaves: Leaves = {name: {} for name in layout}
     done, total = 0, layout_nbytes(layout)
-    with SafetensorsWriter(layout, folder, max_shard_bytes=max_shard_bytes, resume=journal is not None) as writer:
+    budget = Budget(budget_bytes)
+    with (
+        SafetensorsWriter(layout, folder, max_shard_bytes=max_shard_bytes, resume=journal is not None) as writer,
+        threaded(threads) as spread,
+    ):
 
-        def copy(chunk: tuple[str, int, int]) -> int:
-            name, start, stop = chunk
-            found = _kept(writer, chunk, journal)
-            if found is None:
-                flat = checkpoint.read_flat(name, start, stop)
-                found = leaf_hashes(flat)
-                writer.write(name, start, flat)
-                if journal is not None:
-                    journal.add(name, start, stop, root_hash(found))
-            leaves[name].update(enumerate(found, start // LEAF))
-            return (stop - start) * layout[name].dtype.itemsize
+        def report(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress("merging", done, total)
 
-        pool = ThreadPoolExecutor(threads, "eutectic-save")
-        try:
-            for nbytes in pool.map(copy, _chunks(checkpoint)):
-                done += nbytes
-                progress(done, total)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        def measuring(work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+            jobs = list(jobs)
+            for number, found in enumerate(spread(work, jobs), start=1):
+                progress("measuring", number, len(jobs))
+                yield found
+
+        for window in windows(checkpoint):
+            missing = [unit for unit in window if not _kept(writer, unit, journal, leaves)]
+            done += sum(_nbytes(checkpoint, unit) for unit in window) - sum(_nbytes(checkpoint, unit) for unit in missing)
+            checkpoint.prepare(list(dict.fromkeys(span.name for unit in missing for span in unit)), measuring)
+            for nbytes in spread(lambda unit: write_unit(checkpoint, writer, unit, leaves, journal, budget), missing):
+                report(nbytes)
+    return tensor_hashes(leaves)
+
+
+def write_unit(
+    checkpoint: Checkpoint,
+    writer: SafetensorsWriter,
+    unit: Unit,
+    leaves: Leaves,
+    journal: Journal | None = None,
+    budget: Budget | None = None,
+) -> int:
+    """Compute one unit, write it, and note its hashes; returns its bytes."""
+    need = max(checkpoint.need_bytes(name, stop - start) for name, start, stop in unit)
+    with (budget or Budget(float("inf"))).hold(need):
+        flat = checkpoint.read_spans(unit)
+        writer.write_spans(unit, flat)
+        found = []
+        at = 0
+        for name, start, stop in unit:
+            hashes = leaf_hashes(flat[at : (at := at + stop - start)])
+            leaves[name].update(enumerate(hashes, start // LEAF))
+            found += hashes
+    if journal is not None:
+        journal.add(*_entry(unit), root_hash(found))
+    return flat.numel() * flat.element_size()
+
+
+def tensor_hashes(leaves: Mapping[str, Mapping[int, bytes]]) -> dict[str, str]:
+    """Each tensor's hash, of those of its leaves."""
     return {name: root_hash([found[at] for at in sorted(found)]) for name, found in leaves.items()}
 
 
-def _kept(writer: SafetensorsWriter, chunk: tuple[str, int, int], journal: Journal | None) -> list[bytes] | None:
-    """The leaves of a chunk that an earlier run wrote, if it is whole."""
-    if journal is None or chunk not in journal.done:
-        return None
-    found = leaf_hashes(writer.read_back(*chunk))
-    if root_hash(found) != journal.done[chunk]:
-        return None
-    writer.accept(chunk[0], chunk[2] - chunk[1])
-    return found
+@contextmanager
+def threaded(threads: int) -> Generator[Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]], None, None]:
+    """A ``map`` on so many threads; what it has not begun is dropped when the body raises."""
+    pool = ThreadPoolExecutor(threads, "eutectic")
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _chunks(checkpoint: Checkpoint) -> Iterator[tuple[str, int, int]]:
+def windows(checkpoint: Checkpoint) -> Iterator[list[Unit]]:
+    """All units in order, in runs of at least ``WINDOW`` elements that begin and end with a tensor."""
+    window: list[Unit] = []
+    held = 0
+    for unit in units(checkpoint):
+        if held >= WINDOW and unit[0].start == 0:
+            yield window
+            window, held = [], 0
+        window.append(unit)
+        held += sum(stop - start for _, start, stop in unit)
+    yield window
+
+
+def units(checkpoint: Checkpoint) -> Iterator[Unit]:
+    """What is best computed at once: a chunk of a large tensor, or a run of small ones of one dtype."""
+    run: Unit = []
+    held = 0
     for name, spec in checkpoint.specs.items():
-        step = -(-max(CHUNK, checkpoint.grain(name)) // LEAF) * LEAF
-        for start in range(0, spec.numel, step):
-            yield name, start, min(start + step, spec.numel)
+        n, grain = spec.numel, checkpoint.grain(name)
+        small = n < LEAF and grain < LEAF
+        if run and not (
+            small and held + n <= LEAF and len(run) < TOGETHER and spec.dtype == checkpoint.specs[run[0].name].dtype
+        ):
+            yield run
+            run, held = [], 0
+        if small:
+            if n:
+                run.append(Span(name, 0, n))
+                held += n
+            continue
+        step = -(-max(CHUNK, grain) // LEAF) * LEAF
+        yield from ([Span(name, start, min(start + step, n))] for start in range(0, n, step))
+    if run:
+        yield run
+
+
+def _nbytes(checkpoint: Checkpoint, unit: Unit) -> int:
+    return sum(stop - start for _, start, stop in unit) * checkpoint.specs[unit[0].name].dtype.itemsize
+
+
+def _entry(unit: Sequence[Span]) -> tuple[str, int, int]:
+    """A unit's line in the journal: how it begins, and where its last tensor is left.  Equal layouts have equal units."""
+    return unit[0].name, unit[0].start, unit[-1].stop
+
+
+def _kept(writer: SafetensorsWriter, unit: Unit, journal: Journal | None, leaves: Leaves) -> bool:
+    """Whether an earlier run wrote a unit and it is whole; then its hashes are noted."""
+    if journal is None or _entry(unit) not in journal.done:
+        return False
+    found = [leaf_hashes(writer.read_back(*span)) for span in unit]
+    if root_hash([leaf for hashes in found for leaf in hashes]) != journal.done[_entry(unit)]:
+        return False
+    for (name, start, stop), hashes in zip(unit, found, strict=True):
+        writer.accept(name, stop - start)
+        leaves[name].update(enumerate(hashes, start // LEAF))
+    return True

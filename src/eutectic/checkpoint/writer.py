@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.base import element_bytes
+from eutectic.checkpoint.base import Span, element_bytes
 from eutectic.checkpoint.spec import DTYPE_NAMES, Layout, TensorSpec, layout_nbytes
 from eutectic.errors import DiskFullError, OutputError, did_you_mean
 
@@ -70,18 +70,41 @@ class SafetensorsWriter:
 
         Raises OutputError for an unknown name, another dtype or elements beyond the end, DiskFullError if there is no room.
         """
+        self.write_spans([Span(name, start, start + tensor.numel())], tensor)
+
+    def write_spans(self, spans: Sequence[Span], tensor: Tensor) -> None:
+        """Store ``tensor`` as parts of tensors of one dtype, end to end: as one write where they lie side by side.
+
+        Thread-safe; raises as ``write`` does.
+        """
+        flat, size, at = tensor.detach().to("cpu").reshape(-1), tensor.element_size(), 0
+        runs: list[tuple[Shard, int, int, int]] = []  # shard, where its bytes begin, elements first and last
+        for span in spans:
+            shard, offset = self._place(span, tensor)
+            last = at + span.stop - span.start
+            if runs and runs[-1][0] is shard and runs[-1][1] + (at - runs[-1][2]) * size == offset:
+                runs[-1] = (*runs[-1][:3], last)
+            else:
+                runs.append((shard, offset, at, last))
+            at = last
+        for shard, offset, first, last in runs:
+            self._write(shard, element_bytes(flat[first:last]), offset)
+        with self._lock:
+            for name, start, stop in spans:
+                self._written[name] += stop - start
+
+    def _place(self, span: Span, tensor: Tensor) -> tuple[Shard, int]:
+        """The file of a span and where in it the span begins."""
+        name, start, stop = span
         if name not in self._layout:
             raise OutputError(f"{self._folder}: no tensor {name!r} in the layout.{did_you_mean(name, self._layout)}")
         spec, shard = self._layout[name], self._shard_of[name]
-        if tensor.dtype != spec.dtype or not 0 <= start <= start + tensor.numel() <= spec.numel:
-            chunk = TensorSpec(tuple(tensor.shape), tensor.dtype)
+        if tensor.dtype != spec.dtype or not 0 <= start <= stop <= spec.numel:
+            chunk = TensorSpec((stop - start,), tensor.dtype)
             raise OutputError(f"{self._folder}: a chunk {chunk} at {start} does not fit into {name!r} {spec}")
         if shard.file not in self._fds:
             raise OutputError(f"{self._folder / shard.file}: {name!r} written after the file was closed")
-        offset = shard.begins[name] + start * spec.dtype.itemsize
-        self._write(shard, element_bytes(tensor.detach().to("cpu").reshape(-1)), offset)
-        with self._lock:
-            self._written[name] += tensor.numel()
+        return shard, shard.begins[name] + start * spec.dtype.itemsize
 
     def finish(self) -> None:
         """Put everything on the disk, write the index if there are shards, and close.
@@ -169,7 +192,7 @@ class SafetensorsWriter:
 
 def require_space(path: str | Path, needed_bytes: int) -> None:
     """Raise DiskFullError if the disk of ``path`` (which need not exist yet) has fewer free bytes than needed."""
-    free = _free_bytes(Path(path))
+    free = free_bytes(Path(path))
     if free < needed_bytes:
         raise DiskFullError(f"{path}: no room: {needed_bytes} bytes are needed, {free} are free. {_MAKE_ROOM}")
 
@@ -256,11 +279,12 @@ def explained_if_full(path: Path, needed_bytes: int = 0) -> Generator[None, None
         if error.errno not in _FULL:
             raise
         needed = f"{needed_bytes} bytes are needed, " if needed_bytes else ""
-        free = _free_bytes(path)
+        free = free_bytes(path)
         raise DiskFullError(f"{path}: no room ({error.strerror}): {needed}{free} are free. {_MAKE_ROOM}") from None
 
 
-def _free_bytes(path: Path) -> int:
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk of a path, which need not exist yet."""
     path = path.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
-from eutectic.checkpoint.base import Checkpoint
+from eutectic.checkpoint.base import Checkpoint, Span, Spread
 from eutectic.checkpoint.spec import Layout
 from eutectic.errors import LayoutError
 from eutectic.merge.slices import Origin
-from eutectic.merge.upcycle import Mixture, Upcycled
-from eutectic.merge.view import CHUNK, Merged
+from eutectic.merge.upcycle import Mixture
+from eutectic.merge.view import Merged
 from eutectic.merge.vocabularies import Tokenizer
 
 
@@ -39,19 +39,25 @@ class Joined(Checkpoint):
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         return self._part[name]._read(name, start, stop)
 
+    def read_spans(self, spans: Sequence[Span]) -> Tensor:
+        """As the part's, if they are in one."""
+        part = self._part[spans[0].name]
+        if all(self._part[span.name] is part for span in spans):
+            return part.read_spans(spans)
+        return super().read_spans(spans)
+
     def grain(self, name: str) -> int:
         """As the part's."""
         return self._part[name].grain(name)
 
-    def prepare(self, name: str) -> None:
-        """Take the measurements that reading ``name`` needs."""
-        prepare(self._part[name], name)
+    def need_bytes(self, name: str, n: int) -> int:
+        """As the part's."""
+        return self._part[name].need_bytes(name, n)
 
-
-def prepare(checkpoint: Checkpoint, name: str) -> None:
-    """Take the measurements that reading ``name`` needs, if the checkpoint takes any."""
-    if isinstance(checkpoint, (Merged, Joined, Upcycled)):
-        checkpoint.prepare(name)
+    def prepare(self, names: Sequence[str], spread: Spread = map) -> None:
+        """As the parts."""
+        for part in self.parts:
+            part.prepare([name for name in names if self._part[name] is part], spread)
 
 
 def merges_of(checkpoint: Checkpoint) -> list[Merged]:
@@ -104,7 +110,6 @@ class Composed(Checkpoint):
         self.method, self.notes, self.chat_template = method, tuple(notes), chat_template
         self._below, self.donor, self.layers, self.tokenizer, self.mixture = build(self.inputs)
         self.origin, self.files = self._below.origin, self._below.files
-        self.chunk = CHUNK
 
     @property
     def specs(self) -> Layout:
@@ -153,9 +158,17 @@ class Composed(Checkpoint):
         """How many times an input is read at most, not counting merges within merges."""
         return max((merged.passes() for merged in self.merges), default=self.mixture.passes if self.mixture else 1)
 
-    def prepare(self, name: str) -> None:
-        """Take the measurements that reading ``name`` needs."""
-        prepare(self._below, name)
+    def read_spans(self, spans: Sequence[Span]) -> Tensor:
+        """As the merge's that makes the tensors."""
+        return self._below.read_spans(spans)
+
+    def need_bytes(self, name: str, n: int) -> int:
+        """As the merge's that makes the tensor."""
+        return self._below.need_bytes(name, n)
+
+    def prepare(self, names: Sequence[str], spread: Spread = map) -> None:
+        """Take the measurements that reading ``names`` needs."""
+        self._below.prepare(names, spread)
 
     def close(self) -> None:
         """Close the inputs."""

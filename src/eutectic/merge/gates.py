@@ -29,7 +29,7 @@ from torch import Tensor
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.spec import Layout, TensorSpec
 from eutectic.errors import NonFiniteError, RecipeError
-from eutectic.methods._transforms import random_uint32
+from eutectic.methods._native import random_uint32
 
 PROMPTED = ("hidden", "hidden_last", "hidden_avg", "cheap_embed")
 MODES = (*PROMPTED, "random", "uniform_random")
@@ -68,14 +68,14 @@ class Gates(Checkpoint):
         """Name → ``[rows, width]``."""
         return self._specs
 
-    def prepare(self) -> None:
+    def make(self) -> None:
         """Make them now."""
         with self._lock:
             if not self._made:
                 self._made.append(self._make().float().contiguous())
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
-        self.prepare()
+        self.make()
         at = self._names[name]
         return self._made[0][at.layer, at.first : at.last].reshape(-1)[start:stop]
 

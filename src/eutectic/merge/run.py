@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import secrets
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,13 @@ from eutectic.checkpoint.chat import write_chat_template
 from eutectic.checkpoint.folder import copy_side_files, model_card, open_path, provenance
 from eutectic.checkpoint.hashed import Hashed
 from eutectic.checkpoint.publish import resumable
-from eutectic.checkpoint.save import save_tensors
+from eutectic.checkpoint.save import Progress, save_tensors, silent
 from eutectic.checkpoint.tokenizer import VOCABULARY_FILES
 from eutectic.checkpoint.writer import MAX_SHARD_BYTES
 from eutectic.errors import CheckpointError, RecipeError
+from eutectic.merge._memory import keep_freed_memory
 from eutectic.merge.compose import Composed, Outcome
+from eutectic.merge.plan import plan
 from eutectic.merge.recipe import AnyRecipe, Dtype, OverrideModel, Recipe
 from eutectic.merge.slices import relayered
 from eutectic.merge.view import Merged, Override
@@ -40,11 +43,6 @@ DTYPE_WORDS: dict[torch.dtype, Dtype] = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-Progress = Callable[[str, int, int], None]  # what, done, total
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Report nothing."""
 
 
 def merged_from(recipe: Recipe | MergekitRecipe, folder: Path = Path()) -> Merged | Composed:
@@ -106,23 +104,27 @@ def save(
     replace: bool = False,
     recipe: AnyRecipe | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    threads: int = 2,
+    threads: int | None = None,
+    memory_bytes: int | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Write any checkpoint as a Hugging Face folder, whole or not at all.
 
     Beside the weights go the base's config and tokenizer files, a model card (``README.md``) with recipe and citation, and
     ``eutectic.json``: recipe, its hash, hashes of inputs and output, versions.  A run that was killed or stopped is carried on
-    by the same call, if the inputs are files.
-    Raises OutputError if ``out`` exists and ``replace`` is not set, DiskFullError, NonFiniteError; then nothing is left behind,
-    but for a disk that fills up half-way: what was written stays beside ``out``, for the same call to carry on.
+    by the same call, if the inputs are files.  The whole process takes at most ``memory_bytes``, see ``plan``; ``threads`` is
+    the number of processors by default.
+    Raises OutputError if ``out`` exists and ``replace`` is not set, BudgetError, DiskFullError, NonFiniteError; then nothing is
+    left behind, but for a disk that fills up half-way: what was written stays beside ``out``, for the same call to carry on.
     """
-    out = Path(out)
+    out, budget_bytes = Path(out), math.inf
+    threads = threads or len(os.sched_getaffinity(0))
     if isinstance(checkpoint, (Merged, Composed)):
         if isinstance(checkpoint, Merged):
             recipe = recipe or recipe_of(checkpoint)
         checkpoint = checkpoint.through(Hashed)
         sources = checkpoint.inputs
+        budget_bytes = plan(checkpoint, memory_bytes, threads).work_bytes
     else:
         sources = {"source": checkpoint}
     with resumable(out, _key(checkpoint, recipe, max_shard_bytes), replace=replace, inputs=_precious(checkpoint)) as (
@@ -131,16 +133,16 @@ def save(
     ):
         donor = sources[checkpoint.donor] if isinstance(checkpoint, Composed) else next(iter(sources.values()))
         _write_side_files(checkpoint, donor, folder)
+        keep_freed_memory()
         with one_torch_thread():
-            if isinstance(checkpoint, (Merged, Composed)):
-                _measure(checkpoint, threads, progress)
             hashes = save_tensors(
                 checkpoint,
                 folder,
                 max_shard_bytes=max_shard_bytes,
                 threads=threads,
+                budget_bytes=budget_bytes,
                 journal=journal,
-                progress=lambda done, total: progress("merging", done, total),
+                progress=progress,
             )
         about: dict[str, Any] = {"versions": record.versions(), "inputs": _inputs(sources), "blake3": hashes}
         if recipe is not None:
@@ -210,13 +212,6 @@ def _key(checkpoint: Checkpoint, recipe: AnyRecipe | None, max_shard_bytes: int)
     said = recipe.canonical_json() if recipe else ""
     layout = dict(checkpoint.specs)
     return hashlib.sha256(repr((identity, said, layout, max_shard_bytes, record.versions())).encode()).hexdigest()
-
-
-def _measure(merged: Merged | Composed, threads: int, progress: Progress) -> None:
-    names = list(merged.specs)
-    with ThreadPoolExecutor(threads, "eutectic-measure") as pool:
-        for number, _ in enumerate(pool.map(merged.prepare, names), start=1):
-            progress("measuring", number, len(names))
 
 
 def _inputs(sources: Mapping[str, Checkpoint]) -> dict[str, dict[str, str]]:

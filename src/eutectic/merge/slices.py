@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
-from eutectic.checkpoint.base import Checkpoint
+from eutectic.checkpoint.base import Checkpoint, Span, Spread
 from eutectic.checkpoint.spec import Layout
 from eutectic.errors import LayoutError
 
@@ -149,6 +149,18 @@ class Pick(Checkpoint):
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         return self._below._read(self._names[name], start, stop)
+
+    def read_spans(self, spans: Sequence[Span]) -> Tensor:
+        """As below."""
+        return self._below.read_spans([span._replace(name=self._names[span.name]) for span in spans])
+
+    def prepare(self, names: Sequence[str], spread: Spread = map) -> None:
+        """As below."""
+        self._below.prepare([self._names[name] for name in names], spread)
+
+    def need_bytes(self, name: str, n: int) -> int:
+        """As below."""
+        return self._below.need_bytes(self._names[name], n)
 
     def grain(self, name: str) -> int:
         """As below."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.base import Checkpoint
+from eutectic.checkpoint.base import Checkpoint, Spread
 from eutectic.checkpoint.spec import Layout, TensorSpec, require_same_layout
 from eutectic.errors import LayoutError, NonFiniteError
 from eutectic.merge.gates import Gates, Rows, gaussian
@@ -161,10 +161,10 @@ class Upcycled(Checkpoint):
         """The base's tensors in their order, with router and experts in the MLPs' place."""
         return self._specs
 
-    def prepare(self, name: str) -> None:
-        """Make the gates if it is one."""
-        if self._sources[name].checkpoint is self.gates:
-            self.gates.prepare()
+    def prepare(self, names: Sequence[str], spread: Spread = map) -> None:
+        """Make the gates if one is among them."""
+        if any(self._sources[name].checkpoint is self.gates for name in names):
+            self.gates.make()
 
     def grain(self, name: str) -> int:
         """As the source's."""

@@ -13,13 +13,20 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.aligned import vocabulary_tensors
-from eutectic.checkpoint.base import Checkpoint
+from eutectic.checkpoint.base import Checkpoint, Span, Spread
+from eutectic.checkpoint.hashed import LEAF
 from eutectic.checkpoint.spec import Layout, TensorSpec, require_same_layout
 from eutectic.errors import LayoutError, NonFiniteError, ParameterError, RecipeError
 from eutectic.methods._method import BLOCK, Measure, Method, Scope, Site, build, validated
+from eutectic.methods._native import narrow, widen
 
-#: Elements of one expert that are worked on at once (4 MiB in float32).  Larger chunks leave the processor's caches.
+#: Elements of all experts together that are worked on at once (4 MiB in float32).  More would leave the processor's caches.
 CHUNK = 1 << 20
+#: Elements of a tensor that are read at once (whole leaves, so that they are hashed as they pass), and measured as one job.
+READ, JOB = 4 * LEAF, 1 << 22
+
+Where = tuple[str, int, str]  # what a measurement is of: parameters, position among the measures, tensor ("": all of them)
+Job = tuple[Where, list[Span]]
 
 
 class Override(NamedTuple):
@@ -27,6 +34,22 @@ class Override(NamedTuple):
 
     match: str
     parameters: Mapping[str, Any]
+
+
+class Piece(NamedTuple):
+    """Elements ``start:stop`` of a tensor, and the shape in which a method wants them."""
+
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+class Cut(NamedTuple):
+    """What has to be read for some elements of a tensor, ``start:stop``, and the pieces in which it is worked on."""
+
+    start: int
+    stop: int
+    pieces: list[Piece]
 
 
 class Merged(Checkpoint):
@@ -45,7 +68,7 @@ class Merged(Checkpoint):
         parameters: Mapping[str, Any] | None = None,
         overrides: Sequence[Override] = (),
         dtype: torch.dtype | None = None,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
     ) -> None:
         """Bind and check.
 
@@ -56,13 +79,15 @@ class Merged(Checkpoint):
             parameters: of the method.
             overrides: later ones win over earlier ones and over ``parameters``.
             dtype: of the output's floating tensors; with it, inputs of other floating dtypes are accepted.
-            chunk: elements worked on at once; a multiple of 4,096.
+            chunk: elements worked on at once, a multiple of 4,096; by default so many that the experts' fit the caches.
 
         Raises:
             LayoutError: no expert, the wrong number of them, no base where one is needed, or tensors that do not fit.
             UnknownNameError, ParameterError: the method or its parameters.
             RecipeError: an override matches no tensor.
         """
+        if chunk is None:
+            chunk = max(BLOCK, CHUNK // max(4, len(experts)) // BLOCK * BLOCK)
         if chunk < BLOCK or chunk % BLOCK:
             raise ValueError(f"chunk must be a positive multiple of {BLOCK}, not {chunk}")
         if dtype is not None and not dtype.is_floating_point:
@@ -76,8 +101,8 @@ class Merged(Checkpoint):
         self.origin = f"{method}({', '.join(c.origin for c in self.inputs.values())}) {said}"
         self.chunk = chunk
         self._methods: dict[str, Method] = {}
-        self._stats: dict[tuple[str, int, str], Any] = {}
-        self._locks: dict[tuple[str, int, str], threading.Lock] = {}
+        self._stats: dict[Where, Any] = {}
+        self._turn = threading.RLock()
         main = build(method, parameters or {})
         self._require_count(main)
         reference = base or next(iter(self.experts.values()))
@@ -163,94 +188,205 @@ class Merged(Checkpoint):
         """How many times the inputs are read: once to apply, and once for each measurement."""
         return 1 + max((len(method.measures) for method in self._methods.values()), default=0)
 
-    def prepare(self, name: str) -> None:
-        """Take the measurements that reading ``name`` needs; reading does so by itself, this does it beforehand."""
-        if name in self._keys:
-            self._measured(name, len(self._methods[self._keys[name]].measures))
+    def prepare(self, names: Sequence[str], spread: Spread = map) -> None:
+        """Take the measurements that reading ``names`` needs; reading does so by itself, but on one thread."""
+        for checkpoint in self.inputs.values():
+            checkpoint.prepare([name for name in names if name in checkpoint.specs], spread)
+        whole = {key for key, method in self._methods.items() if any(m.over == "model" for m in method.measures)}
+        asked_for = set(names)
+        names = (
+            [name for name, key in self._keys.items() if name in asked_for or key in whole]
+            if whole
+            else [name for name in names if name in self._keys]
+        )
+        for position in range(self.passes() - 1):
+            asked = {where: self._measure(name, position) for name in names if (where := self._where(name, position))}
+            with self._turn:
+                asked = {where: measure for where, measure in asked.items() if where not in self._stats}
+                if asked:
+                    self._stats |= self._taken(names, asked, position, spread)
 
     def grain(self, name: str) -> int:
         """A method that needs the whole tensor computes all of it for any part."""
-        whole = name in self._keys and self._methods[self._keys[name]].scope is Scope.TENSOR
-        return max(1, self._specs[name].numel) if whole else 1
+        return max(1, self._specs[name].numel) if self._scope(name) is Scope.TENSOR else 1
+
+    def need_bytes(self, name: str, n: int) -> int:
+        """The inputs' elements, and for one chunk the stack of experts, base and result in float32 and the method's own."""
+        spec = self._specs[name]
+        if name not in self._keys:
+            return super().need_bytes(name, n)
+        scope = self._scope(name)
+        n = max(n, spec.numel) if scope is Scope.TENSOR else n
+        chunk = n if scope is Scope.TENSOR else min(n, max(self.chunk, _row(spec) if scope is Scope.ROW else 0))
+        wide = 8 if spec.dtype == torch.float64 else 4
+        method, k = self._methods[self._keys[name]], len(self.experts)
+        work = chunk * (k * (wide + method.workspace) + 3 * wide)
+        return work + spec.dtype.itemsize * n + sum(checkpoint.need_bytes(name, n) for checkpoint in self.inputs.values())
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
-        if name not in self._keys:
-            return self._reference.read_flat(name, start, stop)
-        method = self._methods[self._keys[name]]
-        spec = self._specs[name]
-        stats = self._measured(name, len(method.measures))
-        out = torch.empty(stop - start, dtype=spec.dtype)
-        for first, last, shape in self._pieces(name, method, start, stop):
-            x_K, base = self._stack(name, method, first, last)
-            noise = _rounding(base, spec, self._eps(name)) if base is not None and method.scope is Scope.TENSOR else 0.0
-            site = Site(name, spec.shape, first, tuple(self.experts), noise)
-            merged = method.apply(x_K.view(len(x_K), *shape), site, stats).reshape(-1)
-            if base is not None:
-                merged = merged + base
-            result = merged.to(spec.dtype)
-            _require_finite(result, f"the merge of {name!r} overflows {spec.dtype}; choose a wider dtype or a smaller scale")
-            cut = slice(max(start, first), min(stop, last))
-            out[cut.start - start : cut.stop - start] = result[cut.start - first : cut.stop - first]
+        return self.read_spans([Span(name, start, stop)])
+
+    def read_spans(self, spans: Sequence[Span]) -> Tensor:
+        """Merge parts of tensors; those that the method treats alike are one computation."""
+        first = spans[0].name
+        if first not in self._keys:
+            return self._reference.read_spans(spans)
+        spec = self._specs[first]
+        out = torch.empty(sum(stop - start for _, start, stop in spans), dtype=spec.dtype)
+        if len(spans) > 1 and self._alike(spans):
+            self._merge_into(out, spans, Cut(0, len(out), [Piece(0, len(out), (len(out),))]), 0)
+            return out
+        at = 0
+        for span in spans:
+            size = span.stop - span.start
+            self._merge_into(out[at : at + size], [span], self._cut(span), span.start)
+            at += size
         return out
 
-    def _pieces(self, name: str, method: Method, start: int, stop: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        """Ranges that cover ``start:stop`` and suit the method's scope, each with the shape in which it wants them."""
+    def _merge_into(self, out: Tensor, spans: Sequence[Span], cut: Cut, start: int) -> None:
+        """Merge the pieces of a cut into ``out``, which begins at ``start``."""
+        name = spans[0].name
+        method, spec = self._methods[self._keys[name]], self._specs[name]
+        stats = self._measured(name, len(method.measures))
+        stop = start + len(out)
+        for piece, x_K, base in self._stacks(spans, cut, method):
+            site = self._site(name, piece, base)
+            merged = method.apply(x_K, site, stats).reshape(-1)
+            low, high = max(start, piece.start), min(stop, piece.stop)
+            part = slice(low - piece.start, high - piece.start)
+            if not narrow(merged[part], None if base is None else base[part], out[low - start : high - start]):
+                raise NonFiniteError(f"the merge of {name!r} overflows {spec.dtype}; choose a wider dtype or a smaller scale")
+
+    def _alike(self, spans: Sequence[Span]) -> bool:
+        """Whether a method makes the same of tensors end to end as of each by itself."""
+        key = self._keys[spans[0].name]
+        method = self._methods[key]
+        return (
+            not method.sited
+            and all(measure.over == "model" for measure in method.measures)
+            and all(self._keys[span.name] == key and self._scope(span.name) is Scope.ELEMENT for span in spans)
+        )
+
+    def _scope(self, name: str) -> Scope:
+        if name not in self._keys:
+            return Scope.ELEMENT
+        return self._methods[self._keys[name]].scope_at(name, self._specs[name].shape)
+
+    def _site(self, name: str, piece: Piece, base: Tensor | None) -> Site:
         spec = self._specs[name]
-        match method.scope:
-            case Scope.ELEMENT:
-                for first in range(start, stop, self.chunk):
-                    last = min(first + self.chunk, stop)
-                    yield first, last, (last - first,)
-            case Scope.ROW:
-                row = _row(spec)
-                step = max(1, self.chunk // row) * row
-                for first in range(start // row * row, stop, step):
-                    last = min(first + step, spec.numel)
-                    yield first, last, ((last - first) // row, row)
-            case Scope.TENSOR:
-                yield 0, spec.numel, spec.shape
+        whole = base is not None and self._scope(name) is Scope.TENSOR
+        noise = _rounding(base, spec, self._eps(name)) if whole else 0.0
+        return Site(name, spec.shape, piece.start, tuple(self.experts), noise)
+
+    def _cut(self, span: Span, *, once: bool = False) -> Cut:
+        """The pieces of a span that suit the method's scope; they reach beyond it where that needs whole rows or tensors.
+
+        With ``once`` spans that meet have no piece in common.
+        """
+        name, start, stop = span
+        spec = self._specs[name]
+        scope = self._scope(name)
+        if scope is Scope.TENSOR:
+            return Cut(start, start, []) if once and start else Cut(0, spec.numel, [Piece(0, spec.numel, spec.shape)])
+        by_row = scope is Scope.ROW
+        row = _row(spec) if by_row else 1
+        step = max(1, self.chunk // row) * row
+        first = -(-start // row) * row if once else start // row * row
+        last = min(-(-stop // row) * row, spec.numel)
+        pieces = []
+        for low in range(first, last, step):
+            high = min(low + step, last)
+            pieces.append(Piece(low, high, ((high - low) // row, row) if by_row else (high - low,)))
+        return Cut(min(start, first), max(stop, last), pieces)
 
     def _eps(self, name: str) -> float:
         """The coarsest relative step in which an input stores a tensor."""
         return max(torch.finfo(checkpoint.spec(name).dtype).eps for checkpoint in self.inputs.values())
 
-    def _stack(self, name: str, method: Method, first: int, last: int) -> tuple[Tensor, Tensor | None]:
-        """The experts' chunk ``[K, n]`` in the method's space, and the base's chunk if that is task vectors."""
+    def _stacks(self, spans: Sequence[Span], cut: Cut, method: Method) -> Iterator[tuple[Piece, Tensor, Tensor | None]]:
+        """The experts' pieces ``[K, *shape]`` in the method's space, and the base's if that is task vectors."""
+        if not cut.pieces:
+            return
+        name = spans[0].name
+        if len(spans) == 1:
+            spans = [Span(name, cut.start, cut.stop)]
+        of_base = self.base.read_spans(spans) if method.space == "delta" and self.base is not None else None
+        of_experts = [checkpoint.read_spans(spans) for checkpoint in self.experts.values()]
         wide = torch.float64 if self._specs[name].dtype == torch.float64 else torch.float32
-        x_K = torch.empty(len(self.experts), last - first, dtype=wide)
-        for x, (expert, checkpoint) in zip(x_K, self.experts.items(), strict=True):
-            x.copy_(checkpoint.read_flat(name, first, last))
-            _require_finite(x, f"expert {expert!r} ({checkpoint.origin}) holds a NaN or Inf in {name!r}; repair or drop it")
-        if method.space == "weight" or self.base is None:
-            return x_K, None
-        base = self.base.read_flat(name, first, last).to(wide)
-        _require_finite(base, f"the base ({self.base.origin}) holds a NaN or Inf in {name!r}; repair it")
-        return x_K.sub_(base), base
+        where = repr(name) if len(spans) == 1 else f"{name!r} to {spans[-1].name!r}"
+        for piece in cut.pieces:
+            part, n = slice(piece.start - cut.start, piece.stop - cut.start), piece.stop - piece.start
+            base = torch.empty(n, dtype=wide) if of_base is not None else None
+            if of_base is not None and base is not None and not widen(of_base[part], None, base):
+                raise NonFiniteError(f"the base ({self.base and self.base.origin}) holds a NaN or Inf in {where}; repair it")
+            x_K = torch.empty(len(of_experts), n, dtype=wide)
+            for x, raw, (expert, checkpoint) in zip(x_K, of_experts, self.experts.items(), strict=True):
+                if not widen(raw[part], base, x):
+                    raise NonFiniteError(
+                        f"expert {expert!r} ({checkpoint.origin}) holds a NaN or Inf in {where}; repair or drop it"
+                    )
+            yield piece, x_K.view(len(x_K), *piece.shape), base
+
+    # ── measurements ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _measure(self, name: str, position: int) -> Measure:
+        return self._methods[self._keys[name]].measures[position]
+
+    def _where(self, name: str, position: int) -> Where | None:
+        """What a measurement is of: one tensor, or all that share parameters; None if the method has fewer measures."""
+        key = self._keys[name]
+        measures = self._methods[key].measures
+        return (key, position, name if measures[position].over == "tensor" else "") if position < len(measures) else None
 
     def _measured(self, name: str, count: int) -> dict[str, Any]:
         """The finished stats of the first ``count`` measures for one tensor."""
-        measures = self._methods[self._keys[name]].measures[:count]
-        return {measure.key: self._stat(name, position, measure) for position, measure in enumerate(measures)}
-
-    def _stat(self, name: str, position: int, measure: Measure) -> Any:
-        key = self._keys[name]
-        where = (key, position, name if measure.over == "tensor" else "")
-        with self._locks.setdefault(where, threading.Lock()):
+        found = {}
+        for position, measure in enumerate(self._methods[self._keys[name]].measures[:count]):
+            where = (self._keys[name], position, name if measure.over == "tensor" else "")
             if where not in self._stats:
-                names = [name] if measure.over == "tensor" else [n for n, k in self._keys.items() if k == key]
-                self._stats[where] = self._observe(names, position, measure)
-        return self._stats[where]
+                self.prepare([name])
+            found[measure.key] = self._stats[where]
+        return found
 
-    def _observe(self, names: list[str], position: int, measure: Measure) -> Any:
-        state = measure.init(len(self.experts))
+    def _taken(self, names: Sequence[str], asked: Mapping[Where, Measure], position: int, spread: Spread) -> dict[Where, Any]:
+        """Take measurements at one position, job by job, and finish them."""
+        jobs = list(self._jobs(names, asked, position))
+        states: dict[Where, Any] = {}
+        for (where, _), state in zip(jobs, spread(self._observe, jobs), strict=True):
+            states[where] = asked[where].merge(states[where], state) if where in states else state
+        empty = {where: measure.init(len(self.experts)) for where, measure in asked.items() if where not in states}
+        return {where: asked[where].finish(state) for where, state in (states | empty).items()}
+
+    def _jobs(self, names: Sequence[str], asked: Mapping[Where, Measure], position: int) -> Iterator[Job]:
+        """Parts of large tensors, and small ones together, in the tensors' order."""
+        run: list[Span] = []
+        held, of = 0, ("", 0, "")
         for name in names:
-            method, spec = self._methods[self._keys[name]], self._specs[name]
+            where = self._where(name, position)
+            if where is None or where not in asked:
+                continue
+            for start in range(0, self._specs[name].numel, JOB):
+                stop = min(start + JOB, self._specs[name].numel)
+                if run and (where != of or held + stop - start > JOB):
+                    yield of, run
+                    run, held = [], 0
+                run, held, of = [*run, Span(name, start, stop)], held + stop - start, where
+        if run:
+            yield of, run
+
+    def _observe(self, job: Job) -> Any:
+        (_, position, _), spans = job
+        state = None
+        for name, first, last in spans:
+            method = self._methods[self._keys[name]]
+            measure = method.measures[position]
             earlier = self._measured(name, position)
-            for first, last, shape in self._pieces(name, method, 0, spec.numel):
-                x_K, _ = self._stack(name, method, first, last)
-                site = Site(name, spec.shape, first, tuple(self.experts))
-                state = measure.observe(state, x_K.view(len(x_K), *shape), site, earlier)
-        return measure.finish(state)
+            state = measure.init(len(self.experts)) if state is None else state
+            for start in range(first, last, READ):
+                span = Span(name, start, min(start + READ, last))
+                for piece, x_K, _ in self._stacks([span], self._cut(span, once=True), method):
+                    state = measure.observe(state, x_K, self._site(name, piece, None), earlier)
+        return state
 
 
 def _row(spec: TensorSpec) -> int:
@@ -264,9 +400,3 @@ def _rounding(base: Tensor, spec: TensorSpec, eps: float) -> float:
         return 0.0
     step = eps * float(base.norm()) / math.sqrt(max(1, spec.numel))  # of a typical element
     return 2 * step / math.sqrt(12) * (math.sqrt(spec.shape[0]) + math.sqrt(spec.shape[1]))
-
-
-def _require_finite(x: Tensor, message: str) -> None:
-    # one cheap sum finds any NaN or Inf; only if it is odd do we look closely (a sum of finite numbers may overflow)
-    if not torch.isfinite(x.sum(dtype=torch.float32)) and not torch.isfinite(x.float() if x.itemsize == 1 else x).all():
-        raise NonFiniteError(message)

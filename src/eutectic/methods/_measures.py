@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from eutectic.methods._method import BLOCK, Measure, Over, Site, Stats
+from eutectic.methods._native import count_high, count_low
 
 
 def magnitude_bits(x: Tensor) -> Tensor:
@@ -26,7 +27,27 @@ def kth_magnitude(density: float, over: Over) -> tuple[Measure, Measure]:
     def wanted(n_K: Tensor) -> Tensor:
         return torch.clamp((n_K.double() * density).round(), min=1).long()
 
-    return order_statistics(lambda x_K, site, stats: x_K.reshape(len(x_K), -1), wanted, over)
+    return order_statistics(flat, wanted, over)
+
+
+def flat(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
+    """The experts' entries, ``[K, n]``."""
+    return x_K.reshape(len(x_K), -1)
+
+
+class _High(NamedTuple):
+    """Magnitudes of Q rows: their bits as they came while they are few, then how often each upper half occurs ``[Q, 2¹⁵]``."""
+
+    held: list[Tensor]
+    counts_QB: Tensor | None
+
+
+class _Found(NamedTuple):
+    """Per statistic, either its bits, or the upper half of its bits and its rank among the entries that share it."""
+
+    bits_Q: Tensor | None
+    high_Q: Tensor
+    rest_Q: Tensor
 
 
 def order_statistics(
@@ -37,43 +58,83 @@ def order_statistics(
 ) -> tuple[Measure, Measure]:
     """Exact order statistics of the magnitudes of ``values(x_K, site, stats)``, ``[Q, m]``, with m not above the chunk's n.
 
-    ``wanted`` turns the number of values seen, ``[Q]``, into the rank that is looked for in each row, 1 being the
-    largest.  Two histograms over the bits of float32, high half then low half, so that it streams in 0.8 MB of state a
-    row and is equal, bit for bit, to sorting them all (of a tensor, or of the whole model).  The second key holds the
-    bits of the statistics: int32 ``[Q]``, the bits of 0 if there were no values.
+    ``wanted`` turns the number of values seen in each row, ``[Q]``, into ranks to look for, ``[R · Q]`` with the Q rows of a
+    rank together; 1 is the largest.  Two histograms over the bits of float32, high half then low half, so that it streams in
+    0.8 MB of state a row and is equal, bit for bit, to sorting them all (of a tensor, or of the whole model).  The second
+    key holds the bits of the statistics: int32 ``[R · Q]``, the bits of 0 if there were no values.
     """
 
-    def high(state: Tensor, x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        counts = [torch.bincount(magnitude_bits(row) >> 16, minlength=1 << 15) for row in values(x_K, site, stats)]
-        return state + torch.stack(counts)
+    def high(state: _High, x_K: Tensor, site: Site, stats: Stats) -> _High:
+        rows = values(x_K, site, stats).float().contiguous().view(torch.int32)
+        return _poured(_High([*state.held, rows], state.counts_QB))
 
-    def finish_high(counts_QB: Tensor) -> tuple[Tensor, Tensor]:
-        wanted_Q = wanted(counts_QB.sum(1))
-        return _rank_from_top(counts_QB.expand(len(wanted_Q), -1), wanted_Q)
+    def merge_high(a: _High, b: _High) -> _High:
+        if a.counts_QB is None or b.counts_QB is None:
+            return _poured(_High(a.held + b.held, b.counts_QB if a.counts_QB is None else a.counts_QB))
+        return _High([], a.counts_QB.add_(b.counts_QB))
 
-    def low(state: tuple[Tensor, Any], x_K: Tensor, site: Site, stats: Stats) -> tuple[Tensor, Any]:
-        counts, _ = state
-        added = []
-        for row, bin_ in zip(values(x_K, site, stats), stats[keys[0]][0], strict=True):
-            bits = magnitude_bits(row)
-            added.append(torch.bincount(bits[bits >> 16 == bin_] & 0xFFFF, minlength=1 << 16))
-        return counts + torch.stack(added), stats[keys[0]]
+    def finish_high(state: _High) -> _Found:
+        if state.counts_QB is None:
+            held = torch.cat(state.held, dim=1) & 0x7FFFFFFF if state.held else torch.zeros(1, 0, dtype=torch.int32)
+            n_Q = torch.full((len(held),), held.shape[1])
+            falling = torch.nn.functional.pad(held.sort(dim=1, descending=True).values, (0, 1))  # the bits of 0 if empty
+            rank_Q = wanted(n_Q)
+            rows = torch.arange(len(rank_Q)) % len(held)
+            return _Found(falling[rows, (rank_Q - 1).clamp(0, max(0, held.shape[1] - 1))], rank_Q, rank_Q)
+        rank_Q = wanted(state.counts_QB.sum(1))
+        return _Found(None, *_rank_from_top(state.counts_QB.repeat(len(rank_Q) // len(state.counts_QB), 1), rank_Q))
 
-    def merge_low(a: tuple[Tensor, Any], b: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        return a[0] + b[0], a[1] or b[1]
+    def low(state: _Low, x_K: Tensor, site: Site, stats: Stats) -> _Low:
+        found = stats[keys[0]]
+        if found.bits_Q is not None:
+            return _Low(found, state.counts_QB)
+        rows = values(x_K, site, stats).float().contiguous().view(torch.int32)
+        counts = torch.zeros(len(found.high_Q), 1 << 16, dtype=torch.int64) if state.counts_QB is None else state.counts_QB
+        for at, (bin_, row) in enumerate(zip(found.high_Q.tolist(), counts, strict=True)):
+            count_low(rows[at % len(rows)], bin_, row)
+        return _Low(found, counts)
 
-    def finish_low(state: tuple[Tensor, Any]) -> Tensor:
-        counts, found = state
+    def merge_low(a: _Low, b: _Low) -> _Low:
+        if a.counts_QB is None or b.counts_QB is None:
+            return a if b.found is None or a.counts_QB is not None else b
+        return _Low(a.found, a.counts_QB.add_(b.counts_QB))
+
+    def finish_low(state: _Low) -> Tensor:
+        found, counts = state
         if found is None:
-            return torch.zeros(len(counts), dtype=torch.int32)
-        bin_Q, rest_Q = found
-        return (bin_Q << 16 | _rank_from_top(counts, rest_Q)[0]).int()
+            return torch.zeros(1, dtype=torch.int32)
+        if found.bits_Q is not None or counts is None:
+            return found.bits_Q
+        return (found.high_Q << 16 | _rank_from_top(counts, found.rest_Q)[0]).int()
 
-    # one row of zeros, which grows to Q rows with the first chunk
     return (
-        Measure(keys[0], lambda k: torch.zeros(1, 1 << 15, dtype=torch.int64), high, torch.add, finish_high, over),
-        Measure(keys[1], lambda k: (torch.zeros(1, 1 << 16, dtype=torch.int64), None), low, merge_low, finish_low, over),
+        Measure(keys[0], lambda k: _High([], None), high, merge_high, finish_high, over),
+        Measure(keys[1], lambda k: _Low(None, None), low, merge_low, finish_low, over),
     )
+
+
+class _Low(NamedTuple):
+    """What the first histogram found, and how often each lower half occurs among the entries that share it ``[R · Q, 2¹⁶]``."""
+
+    found: _Found | None
+    counts_QB: Tensor | None
+
+
+#: magnitudes of a row that are kept as they are: sorting so few is cheaper than two histograms
+_FEW = 1 << 16
+
+
+def _poured(state: _High) -> _High:
+    """Pour the magnitudes that are held into the histogram, once there is one, or once they are many."""
+    held, counts_QB = state
+    if counts_QB is None:
+        if sum(rows.shape[1] for rows in held) <= _FEW:
+            return state
+        counts_QB = torch.zeros(len(held[0]), 1 << 15, dtype=torch.int64)
+    for rows in held:
+        for row, counts in zip(rows, counts_QB, strict=True):
+            count_high(row, counts)
+    return _High([], counts_QB)
 
 
 def _rank_from_top(counts_KB: Tensor, wanted_K: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,17 +151,35 @@ def gram(over: Over = "tensor") -> Measure:
     Each block of 4,096 elements is summed by itself and the blocks are added with one rounding, so the result is the
     same bits however the tensor was cut (at multiples of a block) and in whatever order it was seen.
     """
+    return _products("gram", lambda k: [(i, j) for i in range(k) for j in range(i + 1)], over)
 
+
+def squares(over: Over = "tensor") -> Measure:
+    """Squared norms ‖x_k‖² of the experts: stat ``squares``, float64 ``[K]``, summed as in ``gram``."""
+    return _products("squares", lambda k: [(i, i) for i in range(k)], over)
+
+
+def _products(key: str, pairs_of: Callable[[int], list[tuple[int, int]]], over: Over) -> Measure:
     def observe(state: list[Tensor], x_K: Tensor, site: Site, stats: Stats) -> list[Tensor]:
-        flat = x_K.reshape(len(x_K), -1).double()
-        padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-        return [*state, torch.stack([torch.stack([(a * b).sum(1) for b in padded]) for a in padded])]
+        entries = x_K.reshape(len(x_K), -1).double()
+        padded = torch.nn.functional.pad(entries, (0, -entries.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+        return [*state, torch.stack([(padded[i] * padded[j]).sum(1) for i, j in pairs_of(len(x_K))])]
 
     def finish(state: list[Tensor]) -> Tensor:
-        blocks = torch.cat(state, dim=2)
-        return torch.tensor([[math.fsum(cell.tolist()) for cell in row] for row in blocks], dtype=torch.float64)
+        # a sum of the exact kind: whatever the order, one rounding
+        sums = torch.tensor([math.fsum(row) for row in torch.cat(state, dim=1).tolist()], dtype=torch.float64)
+        if key == "squares":
+            return sums
+        k = math.isqrt(2 * len(sums))
+        i, j = torch.tril_indices(k, k)
+        whole = torch.zeros(k, k, dtype=torch.float64)
+        whole[i, j] = whole[j, i] = sums
+        return whole
 
-    return Measure("gram", lambda k: [torch.zeros(k, k, 0, dtype=torch.float64)], observe, lambda a, b: a + b, finish, over)
+    def init(k: int) -> list[Tensor]:
+        return [torch.zeros(len(pairs_of(k)), 0, dtype=torch.float64)]
+
+    return Measure(key, init, observe, lambda a, b: a + b, finish, over)
 
 
 def row_gram(x_K: Tensor) -> Tensor:

@@ -78,6 +78,9 @@ class Method(NamedTuple):
 
     ``measures`` cost one pass over the inputs each, in order.  ``space`` says whether x_K are task vectors (and the
     result is added to the base) or plain weights (and no base is read).  ``experts`` is the allowed count, (least, most).
+    ``sited`` methods look at the site; what others make of a tensor does not depend on its name or on what lies before a chunk.
+    ``scope_of`` narrows the scope for some tensors, by name and shape.  ``workspace`` is the memory that ``apply`` takes beside
+    x_K, in bytes for each entry of it.
     """
 
     apply: Apply
@@ -85,6 +88,13 @@ class Method(NamedTuple):
     measures: tuple[Measure, ...] = ()
     space: Literal["delta", "weight"] = "delta"
     experts: tuple[int, int | None] = (1, None)
+    sited: bool = False
+    scope_of: Callable[[str, tuple[int, ...]], Scope] | None = None
+    workspace: int = 16
+
+    def scope_at(self, name: str, shape: tuple[int, ...]) -> Scope:
+        """How much of this tensor it must see at once."""
+        return self.scope if self.scope_of is None else self.scope_of(name, shape)
 
 
 def chain(*links: Method, **fields: Any) -> Method:
@@ -100,12 +110,23 @@ def chain(*links: Method, **fields: Any) -> Method:
         prefix = f"{position}."
         measures += [_measured_after(before, prefix, measure) for measure in link.measures]
         before = _then(before, prefix, link.apply)
-    scope = max((link.scope for link in links), key=scopes.index)
+
+    def scope_of(name: str, shape: tuple[int, ...]) -> Scope:
+        return max((link.scope_at(name, shape) for link in links), key=scopes.index)
+
+    merged = Method(
+        before,
+        max((link.scope for link in links), key=scopes.index),
+        tuple(measures),
+        sited=any(link.sited for link in links),
+        scope_of=scope_of,
+        workspace=max(link.workspace for link in links),
+    )
     least = max(link.experts[0] for link in links)
     most = min((link.experts[1] for link in links if link.experts[1] is not None), default=None)
     if most is not None and most < least:
         raise ParameterError(f"parameters with one number an expert must agree in their length, got {most} and {least}")
-    return Method(before, scope, tuple(measures), experts=(least, most))._replace(**fields)
+    return merged._replace(**{"experts": (least, most)} | fields)
 
 
 def _identity(x_K: Tensor, site: Site, stats: Stats) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ from eutectic.methods._transforms import total
 
 #: Tensors that are tables rather than maps, by name: their task vectors are averaged, as vectors' are.
 TABLES = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*.shared.weight")
+
+#: bytes that a method takes beside the stacked task vectors, for each entry of them: about three copies in float64
+WORKSPACE = 24
 
 
 class Svd(NamedTuple):
@@ -67,7 +71,7 @@ def filtered(x_K: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
     return (start + (pull * (f / curve) - start @ V * f) @ V.T).to(x_K.dtype)
 
 
-def on_matrices(apply: Callable[[Tensor, float], Tensor], tables: Sequence[str] = TABLES) -> Method:
+def on_matrices(apply: Callable[[Tensor, float], Tensor], tables: Sequence[str] = TABLES, workspace: int = WORKSPACE) -> Method:
     """Apply ``([K, m, n], noise) → [m, n]`` to the task vectors of matrices; all other tensors get the experts' mean.
 
     ``noise`` is the site's: directions that are no stronger are rounding.
@@ -79,10 +83,19 @@ def on_matrices(apply: Callable[[Tensor, float], Tensor], tables: Sequence[str] 
         with one_torch_thread():
             return apply(x_K, site.noise)
 
-    return Method(whole, scope=Scope.TENSOR)
+    return Method(whole, Scope.TENSOR, sited=True, scope_of=lambda *site: matrix_scope(*site, tables), workspace=workspace)
+
+
+def matrix_scope(name: str, shape: tuple[int, ...], tables: Sequence[str] = TABLES) -> Scope:
+    """A matrix must be seen as a whole, a tensor of another kind not."""
+    return Scope.TENSOR if _is_map(name, shape, tuple(tables)) else Scope.ELEMENT
 
 
 def is_map(site: Site, tables: Sequence[str] = TABLES) -> bool:
     """Whether a tensor is a matrix that maps vectors: two axes, both above 1, and no table by its name."""
-    shape = site.shape
-    return len(shape) == 2 and min(shape) > 1 and not any(fnmatch.fnmatchcase(site.name, table) for table in tables)
+    return _is_map(site.name, site.shape, tuple(tables))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _is_map(name: str, shape: tuple[int, ...], tables: tuple[str, ...]) -> bool:
+    return len(shape) == 2 and min(shape) > 1 and not any(fnmatch.fnmatchcase(name, table) for table in tables)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Sequence
 
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import ParameterError
-from eutectic.methods._measures import kth_magnitude, magnitude_bits, order_statistics
+from eutectic.methods._measures import flat, kth_magnitude, magnitude_bits, order_statistics
 from eutectic.methods._method import Method, Over, Scope, Site, Stats
+from eutectic.methods._native import magprune as prune_by_rank
+from eutectic.methods._native import random_uint32, toss
 
 
 def trim(density: float, over: Over) -> Method:
@@ -50,9 +51,9 @@ def drop(density: float | Sequence[float], seed: int) -> Method:
 
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
         rows = zip(x_K, each(density, len(x_K)), site.experts, strict=True)
-        return torch.stack([_toss(x, p, (seed, site.name, expert), site.start) for x, p, expert in rows])
+        return torch.stack([toss(x, _coins(seed, site, expert, x.numel()), p) for x, p, expert in rows])
 
-    return Method(apply, experts=count_of(density))
+    return Method(apply, experts=count_of(density), sited=True)
 
 
 def magprune(density: float | Sequence[float], epsilon: float, seed: int) -> Method:
@@ -73,12 +74,16 @@ def magprune(density: float | Sequence[float], epsilon: float, seed: int) -> Met
         pruned = []
         for x, p, expert in zip(as_rows(x_K, site), each(density, len(x_K)), site.experts, strict=True):
             last = x.shape[-1] - 1
-            rank = torch.argsort(torch.argsort(x.abs(), dim=-1, stable=True), dim=-1)  # 0 is the smallest
-            lift = (2 * rank.double() - last) / max(1, last)  # −1 … 1; 0 for a row of one
-            pruned.append(x if p == 1 else _toss(x, p + epsilon * lift, (seed, site.name, expert), site.start))
+            least, step = (p - epsilon, 2 * epsilon / last) if last > 0 else (p, 0.0)  # a row of one is kept with p
+            pruned.append(x if p == 1 else prune_by_rank(x, _coins(seed, site, expert, x.numel()), least, step))
         return torch.stack(pruned).view(x_K.shape)
 
-    return Method(apply, Scope.ROW, experts=count_of(density))
+    return Method(apply, Scope.ROW, experts=count_of(density), sited=True)
+
+
+def _coins(seed: int, site: Site, expert: str, n: int) -> np.ndarray:
+    """Random numbers for n entries of a tensor of an expert, from the site's start on; uniform in 32 bits."""
+    return random_uint32((seed, site.name, expert), site.start, n)
 
 
 def band(density: float | Sequence[float], gamma: float) -> Method:
@@ -91,11 +96,8 @@ def band(density: float | Sequence[float], gamma: float) -> Method:
         if p + gamma > 1 + 1e-9:
             raise ParameterError(f"density = {p} and gamma = {gamma} ask for more than all entries; their sum may be 1 at most")
 
-    def twice(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        return x_K.reshape(len(x_K), -1).repeat(2, 1)
-
-    def ends(n_Q: Tensor) -> Tensor:
-        n_K = n_Q[: len(n_Q) // 2].double()
+    def ends(n_K: Tensor) -> Tensor:
+        n_K = n_K.double()
         kept_K = (n_K * torch.tensor(each(density, len(n_K))[: len(n_K)], dtype=torch.float64)).round().clamp(min=1)
         cut_K = torch.minimum((n_K * gamma).round(), n_K - kept_K).clamp(min=0)
         return torch.cat([cut_K + 1, cut_K + kept_K]).long()
@@ -106,7 +108,7 @@ def band(density: float | Sequence[float], gamma: float) -> Method:
         bits = magnitude_bits(x_K)
         return x_K * ((bits <= highest_K) & (bits >= lowest_K) & some_K)
 
-    return Method(apply, measures=order_statistics(twice, ends, "tensor"), experts=count_of(density))
+    return Method(apply, measures=order_statistics(flat, ends, "tensor"), experts=count_of(density))
 
 
 def each(values: float | Sequence[float], k: int) -> list[float]:
@@ -134,26 +136,6 @@ def as_rows(x_K: Tensor, site: Site) -> Tensor:
 def _require_density(density: float | Sequence[float]) -> None:
     if density == 0 or (not isinstance(density, (int, float)) and 0 in density):
         raise ParameterError("density = 0 drops everything and cannot be rescaled; give a density above 0")
-
-
-def _toss(x: Tensor, p: float | Tensor, key: tuple[int | str, ...], start: int) -> Tensor:
-    """Divide by p where the element's coin, of probability p, says so; else 0."""
-    each_p = p.flatten().numpy() if isinstance(p, Tensor) else p
-    keep = torch.from_numpy(random_uint32(key, start, x.numel()) < each_p * 2.0**32).view(x.shape)
-    return x * keep / (p.to(x.dtype) if isinstance(p, Tensor) else p)
-
-
-def random_uint32(key: tuple[int | str, ...], start: int, n: int) -> np.ndarray:
-    """Numbers ``start … start + n`` of the Philox-4x64 stream named by ``key``, uniform in 32 bits.
-
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    per_counter = 8  # one counter makes four 64-bit words
-    stream = np.random.Philox(key=int.from_bytes(digest[:16], "little"), counter=start // per_counter)
-    skip = start % per_counter
-    words = stream.random_raw(-(-(skip + n) // 2))
-    return words.view(np.uint32)[skip : skip + n]
 
 
 def total(x_K: Tensor) -> Tensor:

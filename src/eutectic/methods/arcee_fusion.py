@@ -24,7 +24,7 @@ def arcee_fusion() -> Method:
     from it in that the quartiles of large tensors are exact (mergekit: those of an unseeded sample of 10⁶), the divergence
     is exact (mergekit adds 10⁻⁸ to the probabilities), and a filter of a convolution is one row.
     """
-    measures = order_statistics(lambda x_K, site, stats: _importance(x_K).flatten().expand(3, -1), _quartiles, "tensor")
+    measures = order_statistics(lambda x_K, site, stats: _importance(x_K).flatten()[None], _quartiles, "tensor")
 
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
         q1, q2, q3 = stats["threshold"].view(torch.float32).double()

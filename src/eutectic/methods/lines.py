@@ -44,7 +44,7 @@ def lines(
         depth = max(0, _block(site.name)) / max(1, stats["0.blocks"] - 1)
         return measured.apply(x_K, site, stats) * (alpha + beta * depth)
 
-    return measured._replace(apply=apply)
+    return measured._replace(apply=apply, sited=True)
 
 
 def _block(name: str) -> int:

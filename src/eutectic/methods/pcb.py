@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eutectic.methods._measures import magnitude_bits, order_statistics
+from eutectic.methods._measures import flat, magnitude_bits, order_statistics
 from eutectic.methods._method import Finite, Fraction, Method, Over, Site, Stats, chain
 from eutectic.methods._transforms import scale_by, total
 
@@ -35,22 +35,19 @@ def pcb(density: Fraction = 0.1, scale: Finite = 1.2, over: Over = "model") -> M
     if density == 0:
         return Method(lambda x_K, site, stats: torch.zeros_like(x_K[0]))
 
-    def tails(n_Q: Tensor) -> Tensor:
-        cut = (n_Q.double() * TAIL).long()
-        return torch.where(torch.arange(len(n_Q)) < len(n_Q) // 2, n_Q - cut, cut + 1).clamp(min=1)
+    def tails(n_K: Tensor) -> Tensor:
+        cut_K = (n_K.double() * TAIL).long()
+        return torch.cat([n_K - cut_K, cut_K + 1]).clamp(min=1)
 
-    def competing(n_Q: Tensor) -> Tensor:
-        kept = torch.clamp((n_Q.double() * density).round(), min=1).long()
-        return torch.where(torch.arange(len(n_Q)) < len(n_Q) // 2, kept, 1)
-
-    def magnitudes(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        return x_K.reshape(len(x_K), -1).repeat(2, 1)
+    def competing(n_K: Tensor) -> Tensor:
+        kept_K = torch.clamp((n_K.double() * density).round(), min=1).long()
+        return torch.cat([kept_K, torch.ones_like(kept_K)])
 
     def scores(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        return _scores(x_K.reshape(len(x_K), -1), stats).repeat(2, 1)
+        return _scores(flat(x_K, site, stats), stats)
 
     measures = (
-        *order_statistics(magnitudes, tails, over, ("high tails", "tails")),
+        *order_statistics(flat, tails, over, ("high tails", "tails")),
         *order_statistics(scores, competing, over, ("high scores", "scores")),
     )
     return chain(Method(_compete, measures=measures), scale_by(scale))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eutectic.methods._measures import gram, magnitude_bits, order_statistics
+from eutectic.methods._measures import magnitude_bits, order_statistics, squares
 from eutectic.methods._method import Fraction, Method, Site, Stats, chain
 from eutectic.methods._transforms import elect, total, weighted
 
@@ -28,12 +28,12 @@ def sce(density: Fraction = 1.0) -> Method:
     uniform once the mean squares sum to less than 10⁻⁶), in entries whose sum is exactly 0, which stay the base's (mergekit
     keeps the positive ones), and in variances that tie with the least, which are all kept.
     """
-    mix = Method(_mix, measures=(gram(),))
+    mix = Method(_mix, measures=(squares(),))
     return mix if density == 1 else chain(_select(density), mix)
 
 
 def _mix(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-    energy = stats["gram"].diagonal()
+    energy = stats["squares"]
     # a share too small for float32 matters only where nobody else is left, and there any number will do
     share = (energy / energy.sum().clamp(min=1e-300)).clamp(min=1e-20).tolist()
     left_K = elect().apply(x_K, site, {})

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eutectic.methods._method import Method, Positive, Scope, Site, Stats, build_inner
-from eutectic.methods._spectral import is_map, svd
+from eutectic.methods._method import Method, Positive, Scope, Site, Stats, build_inner, chain
+from eutectic.methods._spectral import WORKSPACE, is_map, matrix_scope, svd
 from eutectic.methods._threads import one_torch_thread
 
 REFERENCE = "Li et al., When shared knowledge hurts: spectral over-accumulation (SVC), ICML 2026, arXiv:2602.05536"
@@ -44,7 +44,8 @@ def svc(method: str = "task_arithmetic", parameters: dict[str, Any] | None = Non
         with one_torch_thread():
             return _calibrated(merged, x_K, 1 / len(x_K) if alpha is None else alpha)
 
-    return Method(apply, Scope.TENSOR, inner.measures, experts=inner.experts)
+    whole = Method(apply, Scope.TENSOR, sited=True, scope_of=matrix_scope, workspace=WORKSPACE)
+    return chain(inner, whole)._replace(apply=apply, measures=inner.measures)
 
 
 def _calibrated(merged: Tensor, x_K: Tensor, alpha: float) -> Tensor:
