@@ -76,6 +76,9 @@ CASES = {
     "nuslerp": Case(variants=({}, *PAIRS), alone=None, overflow=PAIRS[1]),  # it takes two
     "nuslerp_delta": Case(variants=({}, *PAIRS), alone=None, overflow=PAIRS[1]),
     "nuslerp_rows": Case(variants=({}, *PAIRS), alone=None, overflow=PAIRS[1]),
+    "nuslerp_rows_delta": Case(variants=({}, *PAIRS), alone=None, overflow=PAIRS[1]),
+    "nuslerp_columns": Case(variants=({}, *PAIRS), alone=None, overflow=PAIRS[1]),
+    "nuslerp_columns_delta": Case(variants=({}, *PAIRS), alone=None, overflow=PAIRS[1]),
     "multislerp": Case(variants=({}, SIGNED, NINE), overflow=PAIRS[1]),
     "multislerp_delta": Case(variants=({}, SIGNED, NINE), overflow=PAIRS[1]),
     "karcher": Case(variants=({}, {"weights": [1, 2, 0]})),
