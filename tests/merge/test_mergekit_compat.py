@@ -98,3 +98,9 @@ def test_nuslerp_along_one_axis(opened, models, base, columns, along):
     assert merged.method == f"nuslerp_{along}{'_delta' if base else ''}"
     assert json.loads(merged._keys[NAME])["weights"] == [1, 1]
     assert torch.isfinite(composed.read(NAME)).all()
+
+
+def test_what_cancels_is_positive_in_sce(opened):
+    for compat in (True, False):
+        (merged,) = opened(recipe("sce", "", names="ab"), compat=compat).merges
+        assert json.loads(merged._keys[NAME])["balanced"] == ("positive" if compat else "base")

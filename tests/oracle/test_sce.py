@@ -90,3 +90,11 @@ def test_weights_do_not_become_uniform_for_small_task_vectors(size):
 def test_an_expert_of_no_energy_to_speak_of_still_counts_alone():
     taus = [torch.tensor([0.0, 1e-15]), torch.tensor([1e15, 0.0])]
     assert merged(taus).tolist() == pytest.approx([1e15, 1e-15])
+
+
+def test_entries_that_cancel_stay_or_take_the_positive_ones():
+    taus = [torch.tensor([2.0, -1.0, 0.0]), torch.tensor([-2.0, 1.0, 0.0])]
+    base = {"w": torch.full((3,), 5.0)}
+    experts = [{"w": base["w"] + tau} for tau in taus]
+    assert state_dict(merge("sce", base, experts))["w"].tolist() == [5, 5, 5]
+    assert state_dict(merge("sce", base, experts, balanced="positive"))["w"].tolist() == [7, 6, 5]

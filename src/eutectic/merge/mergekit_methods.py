@@ -195,7 +195,7 @@ RULES: dict[str, Rule] = {
     "breadcrumbs": _vectors("band", "breadcrumbs", consensus=False, normalize=False, rescale=False, gamma=0.01),
     "breadcrumbs_ties": _vectors("band", "breadcrumbs_ties", consensus=True, normalize=False, rescale=False, gamma=0.01),
     "sce": Rule(
-        _rename("sce", select_topk="density"),
+        lambda given, base, compat: [("sce", {"density": given["select_topk"], "balanced": "positive" if compat else "base"})],
         shared={"select_topk": 1.0},
         ignored=_MASK,
         counts=lambda given, n: {"select_topk": max(1, int(given["select_topk"] * n)) / n} if given["select_topk"] else given,
