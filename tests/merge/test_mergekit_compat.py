@@ -52,7 +52,6 @@ def changed(composed, models, name=NAME):
         ("density: 0.33", 25, 25),  # of 77 entries 25.41
         ("density: 0.34", 26, 26),  # 26.18
         ("density: 0.35", 26, 27),  # 26.95
-        ("density: 0.001", 1, 1),
         ("density: 1", 77, 77),
     ],
 )
@@ -66,6 +65,12 @@ def test_fractions_are_rounded_down(opened, models, given, theirs, ours):
     text = recipe("sce", given.replace("density", "select_topk"), names="ab")
     assert changed(opened(text), models) == theirs
     assert changed(opened(text, compat=False), models) == ours
+
+
+def test_less_than_one_entry_is_one_for_ties_alone(opened, models):
+    assert changed(opened(recipe("ties", "weight: 1, density: 0.01")), models) == 1
+    assert changed(opened(recipe("breadcrumbs", "weight: 1, density: 0.01")), models) == 0
+    assert changed(opened(recipe("sce", "select_topk: 0.01", names="ab")), models) == 0
 
 
 def test_a_gamma_that_does_not_fit_is_lowered_by_entries(opened, models):

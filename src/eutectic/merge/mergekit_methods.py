@@ -95,11 +95,12 @@ def _takes_list(method: str, key: str) -> bool:
 
 
 def _whole(given: Parameters, n: int) -> Parameters:
-    """Densities as ⌊density · n⌋ of n entries, at least one, where ours are rounded; a gamma that does not fit is lowered."""
-    kept = [min(n, max(int(density * n), 1 if density else 0)) for density in given["density"]]
+    """Densities as ⌊density · n⌋ of n entries (without a gamma at least one), and a gamma that leaves room for them."""
+    least = 0 if "gamma" in given else 1
+    kept = [max(int(density * n), least if density else 0) for density in given["density"]]
     found = given | {"density": [count / n for count in kept]}
     if "gamma" in given:
-        found["gamma"] = [min(int(gamma * n), n - max(kept)) / n for gamma in given["gamma"]]
+        found["gamma"] = [max(0, min(int(gamma * n), n - max(kept))) / n for gamma in given["gamma"]]
     return found
 
 
@@ -198,7 +199,7 @@ RULES: dict[str, Rule] = {
         lambda given, base, compat: [("sce", {"density": given["select_topk"], "balanced": "positive" if compat else "base"})],
         shared={"select_topk": 1.0},
         ignored=_MASK,
-        counts=lambda given, n: {"select_topk": max(1, int(given["select_topk"] * n)) / n} if given["select_topk"] else given,
+        counts=lambda given, n: {"select_topk": int(given["select_topk"] * n) / n},
     ),
     "model_stock": Rule(
         lambda given, base, compat: [("model_stock_rows" if given["filter_wise"] else "model_stock", {})],
