@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.merge.conftest import write_model
 
+from eutectic.errors import ParameterError
 from eutectic.merge.mergekit import parse_mergekit
 
 NAME, BIAS = "model.layers.0.w.weight", "model.layers.1.w.bias"
@@ -71,6 +72,14 @@ def test_less_than_one_entry_is_one_for_ties_alone(opened, models):
     assert changed(opened(recipe("ties", "weight: 1, density: 0.01")), models) == 1
     assert changed(opened(recipe("breadcrumbs", "weight: 1, density: 0.01")), models) == 0
     assert changed(opened(recipe("sce", "select_topk: 0.01", names="ab")), models) == 0
+
+
+@pytest.mark.parametrize("value", ["foo", "-0.5", "1.5"])
+@pytest.mark.parametrize("given", ["weight: 1, density: {}", "weight: 1, gamma: {}", "select_topk: {}"])
+def test_what_is_no_fraction_is_refused(opened, given, value):
+    method = "sce" if "topk" in given else "breadcrumbs"
+    with pytest.raises(ParameterError, match=r"mk\.yaml:4: "):
+        opened(recipe(method, given.format(value), names="ab"))
 
 
 def test_a_gamma_that_does_not_fit_is_lowered_by_entries(opened, models):

@@ -96,12 +96,20 @@ def _takes_list(method: str, key: str) -> bool:
 
 def _whole(given: Parameters, n: int) -> Parameters:
     """Densities as ⌊density · n⌋ of n entries (without a gamma at least one), and a gamma that leaves room for them."""
+    shares = [*given["density"], *given.get("gamma", ())]
+    if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares):
+        return given  # the method says what is wrong
     least = 0 if "gamma" in given else 1
     kept = [max(int(density * n), least if density else 0) for density in given["density"]]
     found = given | {"density": [count / n for count in kept]}
     if "gamma" in given:
-        found["gamma"] = [max(0, min(int(gamma * n), n - max(kept))) / n for gamma in given["gamma"]]
+        found["gamma"] = [min(int(gamma * n), n - max(kept)) / n for gamma in given["gamma"]]
     return found
+
+
+def _whole_topk(given: Parameters, n: int) -> Parameters:
+    share = given["select_topk"]
+    return {"select_topk": int(share * n) / n} if isinstance(share, (int, float)) and 0 <= share <= 1 else given
 
 
 def _one_if_equal(values: Sequence[float]) -> float | list[float]:
@@ -199,7 +207,7 @@ RULES: dict[str, Rule] = {
         lambda given, base, compat: [("sce", {"density": given["select_topk"], "balanced": "positive" if compat else "base"})],
         shared={"select_topk": 1.0},
         ignored=_MASK,
-        counts=lambda given, n: {"select_topk": int(given["select_topk"] * n) / n},
+        counts=_whole_topk,
     ),
     "model_stock": Rule(
         lambda given, base, compat: [("model_stock_rows" if given["filter_wise"] else "model_stock", {})],
