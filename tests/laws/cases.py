@@ -87,7 +87,7 @@ CASES = {
     "nearswap": Case(variants=({}, {"t": 0.5}), alone={"t": 1e200}, identical={"t": 1e200}),  # it stays between the two
     "passthrough": Case(variants=({}, {"scale": -0.7}), overflow={"scale": 1e6}),
     "magmax": Case(variants=({}, {"scale": -0.7}), alone={"scale": 1}, identical={"scale": 1}, overflow={"scale": 1e6}),
-    "sce": Case(variants=({}, {"density": 0.3, "balanced": "positive"}, {"density": 0})),
+    "sce": Case(variants=({}, {"density": 0.3, "count": "down", "balanced": "positive"}, {"density": 0})),
     "arcee_fusion": Case(alone=None, unordered=None),  # the first of two is what the second is compared with
     "pcb": Case(
         variants=({}, {"density": 0.3, "over": "tensor"}, {"density": 1}, {"density": 0}),

@@ -90,6 +90,13 @@ def test_a_gamma_that_does_not_fit_is_lowered_by_entries(opened, models):
         assert kept[order].tolist() == [False] * (n - int(0.9 * n)) + [True] * int(0.9 * n)
 
 
+def test_a_gamma_that_is_lowered_for_one_model_only_is_refused(opened):
+    text = recipe("breadcrumbs", "weight: 1, density: 0.5, gamma: 0.2", names="ab")
+    opened(text).close()
+    with pytest.raises(ParameterError, match="'gamma' must be the same"):
+        opened(text.replace("{model: a}", "{model: a, parameters: {density: 0.95}}"))
+
+
 @pytest.mark.parametrize("method", ["linear", "karcher"])
 def test_a_base_that_is_not_listed_is_a_member(opened, models, method):
     text = recipe(method, "weight: 0.5" if method == "linear" else "", names="ab")
@@ -114,7 +121,8 @@ def test_nuslerp_along_one_axis(opened, models, base, columns, along):
     assert torch.isfinite(composed.read(NAME)).all()
 
 
-def test_what_cancels_is_positive_in_sce(opened):
+def test_details_of_sce(opened):
     for compat in (True, False):
         (merged,) = opened(recipe("sce", "", names="ab"), compat=compat).merges
-        assert json.loads(merged._keys[NAME])["balanced"] == ("positive" if compat else "base")
+        found = json.loads(merged._keys[NAME])
+        assert (found["balanced"], found["count"]) == (("positive", "down") if compat else ("base", "nearest"))

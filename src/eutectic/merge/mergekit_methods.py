@@ -103,13 +103,8 @@ def _whole(given: Parameters, n: int) -> Parameters:
     kept = [max(int(density * n), least if density else 0) for density in given["density"]]
     found = given | {"density": [count / n for count in kept]}
     if "gamma" in given:
-        found["gamma"] = [min(int(gamma * n), n - max(kept)) / n for gamma in given["gamma"]]
+        found["gamma"] = [min(int(gamma * n), n - count) / n for gamma, count in zip(given["gamma"], kept, strict=True)]
     return found
-
-
-def _whole_topk(given: Parameters, n: int) -> Parameters:
-    share = given["select_topk"]
-    return {"select_topk": int(share * n) / n} if isinstance(share, (int, float)) and 0 <= share <= 1 else given
 
 
 def _one_if_equal(values: Sequence[float]) -> float | list[float]:
@@ -204,10 +199,11 @@ RULES: dict[str, Rule] = {
     "breadcrumbs": _vectors("band", "breadcrumbs", consensus=False, normalize=False, rescale=False, gamma=0.01),
     "breadcrumbs_ties": _vectors("band", "breadcrumbs_ties", consensus=True, normalize=False, rescale=False, gamma=0.01),
     "sce": Rule(
-        lambda given, base, compat: [("sce", {"density": given["select_topk"], "balanced": "positive" if compat else "base"})],
+        lambda given, base, compat: [
+            ("sce", {"density": given["select_topk"], **({"count": "down", "balanced": "positive"} if compat else {})})
+        ],
         shared={"select_topk": 1.0},
         ignored=_MASK,
-        counts=_whole_topk,
     ),
     "model_stock": Rule(
         lambda given, base, compat: [("model_stock_rows" if given["filter_wise"] else "model_stock", {})],

@@ -15,7 +15,11 @@ from eutectic.methods._transforms import elect, total, weighted
 REFERENCE = "Wan et al., FuseChat: knowledge fusion of chat models, 2024, arXiv:2408.07990"
 
 
-def sce(density: Fraction = 1.0, balanced: Literal["base", "positive"] = "base") -> Method:
+def sce(
+    density: Fraction = 1.0,
+    count: Literal["nearest", "down"] = "nearest",
+    balanced: Literal["base", "positive"] = "base",
+) -> Method:
     """Merge what varies most between the experts, weighted by each task vector's energy, without minority signs.
 
         S: keep the top ``density`` of the entries with var τₖ > 0, by var τₖ       C: ηₖ = ‖τₖ‖² / Σ ‖τⱼ‖², of what is kept
@@ -24,7 +28,8 @@ def sce(density: Fraction = 1.0, balanced: Literal["base", "positive"] = "base")
     All tensor by tensor.  An entry on which all experts agree to the bit has no variance: with density < 1 it stays the base's.
 
     Args:
-        density: fraction of the varying entries that is merged, at least one of them; 1 merges all entries, 0 none.
+        density: fraction of the varying entries that is merged; 1 merges all entries, 0 none.
+        count: how density · n becomes a number of entries: the nearest, at least one; or rounded down, as in mergekit.
         balanced: what an entry gets whose Σ τₖ is exactly 0: the base's value, or, as in mergekit, the positive τₖ.
 
     Source: Wan et al., 2024, arXiv:2408.07990 (SCE), with the normalisation of the authors' code (mergekit's ``sce``,
@@ -33,7 +38,7 @@ def sce(density: Fraction = 1.0, balanced: Literal["base", "positive"] = "base")
     variances that tie with the least, which are all kept.
     """
     mix = Method(functools.partial(_mix, balanced == "positive"), measures=(gram(),))
-    return mix if density == 1 else chain(_select(density), mix)
+    return mix if density == 1 else chain(_select(density, count), mix)
 
 
 def _mix(positive: bool, x_K: Tensor, site: Site, stats: Stats) -> Tensor:
@@ -47,7 +52,7 @@ def _mix(positive: bool, x_K: Tensor, site: Site, stats: Stats) -> Tensor:
     return torch.where(weight > 0, weighted(share, left_K) / weight, 0)
 
 
-def _select(density: float) -> Method:
+def _select(density: float, count: str) -> Method:
     if density == 0:
         return Method(lambda x_K, site, stats: torch.zeros_like(x_K))
 
@@ -56,7 +61,8 @@ def _select(density: float) -> Method:
         return found[found > 0][None]
 
     def wanted(n: Tensor) -> Tensor:
-        return torch.clamp((n.double() * density).round(), min=1).long()
+        share = n.double() * density
+        return (share.floor() if count == "down" else share.round().clamp(min=1)).long()
 
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
         found = _variance(x_K)
