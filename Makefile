@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c requireme
 # what decides what is installed: the stamps are renewed when it changes
 PINS := pyproject.toml requirements/constraints.txt
 
-.PHONY: help setup demo test check bench docs
+.PHONY: help setup demo test parity check bench docs
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -19,6 +19,9 @@ demo: .venv/.stamp-core ## fuse eight experts by many methods and score them all
 
 test: .venv/.stamp-dev ## run the tests (ARGS="-n 2 -m 'not slow'": any of pytest's options)
 	$(BIN)/python -m pytest -q $(ARGS)
+
+parity: .venv/.stamp-dev ## compare with mergekit, installed in an environment of its own (EUTECTIC_PEERS=folder: where)
+	$(BIN)/python -m pytest -q -m peer tests/parity $(ARGS)
 
 check: .venv/.stamp-dev ## format, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -76,6 +76,9 @@ CASES = {
     "nuslerp": Case(variants=({}, *PAIRS), alone=None, overflow=PAIRS[1]),  # it takes two
     "nuslerp_delta": Case(variants=({}, *PAIRS), alone=None, overflow=PAIRS[1]),
     "nuslerp_rows": Case(variants=({}, *PAIRS), alone=None, overflow=PAIRS[1]),
+    "nuslerp_rows_delta": Case(variants=({}, *PAIRS), alone=None, overflow=PAIRS[1]),
+    "nuslerp_columns": Case(variants=({}, *PAIRS), alone=None, overflow=PAIRS[1]),
+    "nuslerp_columns_delta": Case(variants=({}, *PAIRS), alone=None, overflow=PAIRS[1]),
     "multislerp": Case(variants=({}, SIGNED, NINE), overflow=PAIRS[1]),
     "multislerp_delta": Case(variants=({}, SIGNED, NINE), overflow=PAIRS[1]),
     "karcher": Case(variants=({}, {"weights": [1, 2, 0]})),
@@ -84,7 +87,7 @@ CASES = {
     "nearswap": Case(variants=({}, {"t": 0.5}), alone={"t": 1e200}, identical={"t": 1e200}),  # it stays between the two
     "passthrough": Case(variants=({}, {"scale": -0.7}), overflow={"scale": 1e6}),
     "magmax": Case(variants=({}, {"scale": -0.7}), alone={"scale": 1}, identical={"scale": 1}, overflow={"scale": 1e6}),
-    "sce": Case(variants=({}, {"density": 0.3}, {"density": 0})),
+    "sce": Case(variants=({}, {"density": 0.3, "count": "down", "balanced": "positive"}, {"density": 0})),
     "arcee_fusion": Case(alone=None, unordered=None),  # the first of two is what the second is compared with
     "pcb": Case(
         variants=({}, {"density": 0.3, "over": "tensor"}, {"density": 1}, {"density": 0}),

@@ -566,7 +566,7 @@ def naive_compat(method, base, experts, weights, density, normalize, lam, keep=N
     for expert, weight in zip(experts, weights, strict=True):
         delta = (expert - base).double()
         if density < 1:
-            count = round(density * delta.numel())
+            count = int(density * delta.numel())  # 204.8 are 204
             threshold = delta.abs().flatten().sort(descending=True).values[count - 1]
             delta = torch.where(delta.abs() >= threshold, delta, 0)
         deltas.append(weight * delta)

@@ -9,7 +9,7 @@ from tests.oracle import naive
 from eutectic.merge.api import merge, state_dict
 
 
-def sce(taus, density):
+def sce(taus, density, down=False):
     """The update of one tensor."""
     flat = [tau.double().reshape(-1).tolist() for tau in taus]
     columns = list(zip(*flat, strict=True))
@@ -20,7 +20,8 @@ def sce(taus, density):
             mean = sum(column) / k
             variance.append(float(torch.tensor(sum((v - mean) ** 2 for v in column), dtype=torch.float32)))
         varying = sorted((v for v in variance if v > 0), reverse=True)
-        threshold = varying[max(1, round(density * len(varying))) - 1] if varying and density > 0 else float("inf")
+        count = int(density * len(varying)) if down else max(1, round(density * len(varying)))
+        threshold = varying[count - 1] if varying and density > 0 and count else float("inf")
         columns = [c if v >= threshold else (0.0,) * k for c, v in zip(columns, variance, strict=True)]
     energy = [sum(column[i] ** 2 for column in columns) for i in range(k)]  # calculate
     share = [e / sum(energy) for e in energy] if sum(energy) else [0.0] * k
@@ -35,12 +36,13 @@ def sce(taus, density):
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 @pytest.mark.parametrize("density", [0, 0.01, 0.3, 0.9, 1])
 @pytest.mark.parametrize("grid", [False, True], ids=["continuous", "ties"])
-def test_sce(k, density, grid, assert_close):
+@pytest.mark.parametrize("count", ["nearest", "down"])
+def test_sce(k, density, grid, count, assert_close):
     base = naive.random_model(0, grid)
     experts = naive.fine_tunes(base, k, grid=grid)
     taus = naive.task_vectors(base, experts)
-    wanted = {name: base[name].double() + sce([tau[name] for tau in taus], density) for name in base}
-    assert_close(state_dict(merge("sce", base, experts, density=density)), wanted)
+    wanted = {name: base[name].double() + sce([tau[name] for tau in taus], density, count == "down") for name in base}
+    assert_close(state_dict(merge("sce", base, experts, density=density, count=count)), wanted)
 
 
 def merged(taus, density=1.0):
@@ -90,3 +92,11 @@ def test_weights_do_not_become_uniform_for_small_task_vectors(size):
 def test_an_expert_of_no_energy_to_speak_of_still_counts_alone():
     taus = [torch.tensor([0.0, 1e-15]), torch.tensor([1e15, 0.0])]
     assert merged(taus).tolist() == pytest.approx([1e15, 1e-15])
+
+
+def test_entries_that_cancel_stay_or_take_the_positive_ones():
+    taus = [torch.tensor([2.0, -1.0, 0.0]), torch.tensor([-2.0, 1.0, 0.0])]
+    base = {"w": torch.full((3,), 5.0)}
+    experts = [{"w": base["w"] + tau} for tau in taus]
+    assert state_dict(merge("sce", base, experts))["w"].tolist() == [5, 5, 5]
+    assert state_dict(merge("sce", base, experts, balanced="positive"))["w"].tolist() == [7, 6, 5]

@@ -85,19 +85,24 @@ def test_multislerp_of_task_vectors(weights, assert_close):
 
 
 @pytest.mark.parametrize("weights", [None, [1, 3], [0, 2], [-1, 3]])
-@pytest.mark.parametrize("method", ["nuslerp", "nuslerp_delta", "nuslerp_rows"])
+@pytest.mark.parametrize("method", [f"nuslerp{along}{of}" for along in ("", "_rows", "_columns") for of in ("", "_delta")])
 def test_nuslerp(method, weights, assert_close):
     base = naive.random_model(0)
     experts = naive.fine_tunes(base, 2)
-    first, second = naive.task_vectors(base, experts) if method == "nuslerp_delta" else experts
+    on_deltas = method.endswith("_delta")
+    first, second = naive.task_vectors(base, experts) if on_deltas else experts
     t = 0.5 if weights is None else weights[1] / sum(weights)
     wanted = {}
     for name, tensor in base.items():
         a, b = first[name].double(), second[name].double()
-        if method == "nuslerp_rows" and tensor.ndim > 1:
-            wanted[name] = torch.stack([naive.slerp_tensor(x, y, t) for x, y in zip(a, b, strict=True)])
+        if "rows" in method and tensor.ndim > 1:
+            found = torch.stack([naive.slerp_tensor(x, y, t) for x, y in zip(a, b, strict=True)])
+        elif "columns" in method and tensor.ndim > 1:
+            columns = zip(a.flatten(1).T, b.flatten(1).T, strict=True)
+            found = torch.stack([naive.slerp_tensor(x, y, t) for x, y in columns]).T.reshape(tensor.shape)
         else:
-            wanted[name] = naive.slerp_tensor(a, b, t) + (tensor.double() if method == "nuslerp_delta" else 0)
+            found = naive.slerp_tensor(a, b, t)
+        wanted[name] = found + (tensor.double() if on_deltas else 0)
     assert_close(state_dict(merge(method, base, experts, weights=weights)), wanted, 3e-6)
 
 
@@ -160,7 +165,7 @@ def test_where_there_is_no_direction(method):
 
 def test_counts_and_weights_are_checked():
     models = [naive.random_model(i) for i in range(3)]
-    for method in ("nuslerp", "nuslerp_delta", "nuslerp_rows"):
+    for method in ("nuslerp", "nuslerp_delta", "nuslerp_rows", "nuslerp_columns"):
         with pytest.raises(LayoutError, match="exactly 2"):
             merge(method, models[0], models)
         with pytest.raises(ParameterError, match="weights"):

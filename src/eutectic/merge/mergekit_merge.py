@@ -178,6 +178,14 @@ class Merger:
             return None, items
         listed = next((item for item in items if item.model.text == base.text), None)
         found = listed or _Item(base.text, base, items[0].first, {}, base.path, self.models[base.text])
+        if self.rule.base == "joins":
+            unlisted = listed is None and piece.sources[0].layers is None  # of `slices` mergekit takes the sources alone
+            if unlisted and not self.compat:
+                self.notes.append(
+                    f"{self.reader.where(base.path)}: {self.document.method} takes no base_model, so {base.text} is left out; "
+                    "list it if it is to be merged, as mergekit does"
+                )
+            return None, [found, *items] if unlisted and self.compat else items
         others = [item for item in items if item.model.text != base.text]
         if self.rule.base == "first":
             return None, [found, *others]
@@ -201,6 +209,8 @@ class Merger:
         for name, spec in reference.specs.items():
             if spec.dtype.is_floating_point:
                 found = self._numbers(name, depth_of[name], shared, experts, piece)
+                if self.compat and spec.numel:
+                    found = found._replace(values=self.rule.counts(found.values, spec.numel))
                 keys[name] = key = json.dumps(found.values, sort_keys=True)
                 if key not in options:
                     numbers[key] = found

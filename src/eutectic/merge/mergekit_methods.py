@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from eutectic import registry
@@ -26,14 +26,17 @@ class Rule:
 
     ``each`` are its parameters per model, ``shared`` those per tensor, with their defaults; ``ignored`` have no effect on
     the result, for the reason given.  ``base`` says what the base model is: what task vectors are taken from, and is no
-    expert (``vectors``; ``either``: if there is one); the first of the experts (``first``); or a model as any (``member``).
+    expert (``vectors``; ``either``: if there is one); the first of the experts (``first``); a model as any (``member``); or
+    one that, under compat, is merged even if ``models`` does not list it (``joins``).  ``counts`` turns fractions of a
+    tensor's n entries into those that mergekit takes them for, under compat.
     """
 
     translate: Translate
-    base: Literal["vectors", "either", "first", "member"] = "vectors"
+    base: Literal["vectors", "either", "first", "member", "joins"] = "vectors"
     each: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[str, Any] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
+    counts: Callable[[Parameters, int], Parameters] = lambda given, n: given
 
     def parameters(self) -> list[str]:
         """The names of all that it takes."""
@@ -62,8 +65,6 @@ def _family(prune: str, consensus: bool, named: str) -> Translate:
             "scale": given["lambda"],
         }
         general |= {key: _only(given, key) for key in ("epsilon", "gamma") if key in given}
-        if compat and "gamma" in general:  # mergekit lowers it until both fit
-            general["gamma"] = max(0.0, min(general["gamma"], 1 - max(given["density"])))
         strict = not compat
         faithful = rescale == by_probability and (strict or not by_probability) and (not consensus or (normalize and strict))
         options: Options = [("generalized_task_arithmetic", general)]
@@ -91,6 +92,19 @@ def _named(method: str, general: Parameters, consensus: bool) -> Options:
 def _takes_list(method: str, key: str) -> bool:
     schema = signature_model(method).model_json_schema()["properties"][key]
     return any(kind.get("type") == "array" for kind in schema.get("anyOf", [schema]))
+
+
+def _whole(given: Parameters, n: int) -> Parameters:
+    """Densities as ⌊density · n⌋ of n entries (without a gamma at least one), and a gamma that leaves room for them."""
+    shares = [*given["density"], *given.get("gamma", ())]
+    if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares):
+        return given  # the method says what is wrong
+    least = 0 if "gamma" in given else 1
+    kept = [max(int(density * n), least if density else 0) for density in given["density"]]
+    found = given | {"density": [count / n for count in kept]}
+    if "gamma" in given:
+        found["gamma"] = [min(int(gamma * n), n - count) / n for gamma, count in zip(given["gamma"], kept, strict=True)]
+    return found
 
 
 def _one_if_equal(values: Sequence[float]) -> float | list[float]:
@@ -126,14 +140,9 @@ def _linear(given: Parameters, base: bool, compat: bool) -> Options:
 def _nuslerp(given: Parameters, base: bool, compat: bool) -> Options:
     if len(given["weight"]) != 2:
         raise ParameterError(f"nuslerp takes exactly 2 models beside the base, got {len(given['weight'])}")
-    if given["nuslerp_flatten"]:
-        return [("nuslerp_delta" if base else "nuslerp", {"weights": given["weight"]})]
-    if base or given["nuslerp_row_wise"]:
-        raise ParameterError(
-            "'nuslerp_flatten': false is there for rows and without a base_model; leave out "
-            + ("base_model" if base else "'nuslerp_row_wise'")
-        )
-    return [("nuslerp_rows", {"weights": given["weight"]})]
+    alone = "_columns" if given["nuslerp_row_wise"] else "_rows"  # its rows are those along the first axis
+    along = "" if given["nuslerp_flatten"] else alone
+    return [(f"nuslerp{along}{'_delta' if base else ''}", {"weights": given["weight"]})]
 
 
 def _multislerp(given: Parameters, base: bool, compat: bool) -> Options:
@@ -158,11 +167,12 @@ _WEIGHED = {"weight": REQUIRED, "density": 1.0}
 
 def _vectors(prune: str, named: str, *, consensus: bool, normalize: bool, rescale: bool, **each: float) -> Rule:
     shared = {"normalize": normalize, "lambda": 1.0, "rescale": rescale}
-    return Rule(_family(prune, consensus, named), each=_WEIGHED | each, shared=shared, ignored=_MASK)
+    rule = Rule(_family(prune, consensus, named), each=_WEIGHED | each, shared=shared, ignored=_MASK)
+    return replace(rule, counts=_whole) if prune in ("magnitude", "band") else rule
 
 
 RULES: dict[str, Rule] = {
-    "linear": Rule(_linear, "member", each={"weight": REQUIRED}, shared={"normalize": True}),
+    "linear": Rule(_linear, "joins", each={"weight": REQUIRED}, shared={"normalize": True}),
     "slerp": Rule(_rename("slerp"), "first", shared={"t": REQUIRED}),
     "nuslerp": Rule(_nuslerp, "either", each={"weight": REQUIRED}, shared={"nuslerp_flatten": True, "nuslerp_row_wise": False}),
     "multislerp": Rule(
@@ -173,7 +183,7 @@ RULES: dict[str, Rule] = {
         ignored={"eps": "directions are computed in float64"},
     ),
     "karcher": Rule(
-        _rename("karcher"), "member", ignored=dict.fromkeys(("max_iter", "tol"), "it runs until it converges to 1e-8")
+        _rename("karcher"), "joins", ignored=dict.fromkeys(("max_iter", "tol"), "it runs until it converges to 1e-8")
     ),
     "task_arithmetic": Rule(
         _family("none", False, "task_arithmetic"),
@@ -188,7 +198,13 @@ RULES: dict[str, Rule] = {
     "della_linear": _vectors("rank", "della_linear", consensus=False, normalize=False, rescale=True, epsilon=0.15),
     "breadcrumbs": _vectors("band", "breadcrumbs", consensus=False, normalize=False, rescale=False, gamma=0.01),
     "breadcrumbs_ties": _vectors("band", "breadcrumbs_ties", consensus=True, normalize=False, rescale=False, gamma=0.01),
-    "sce": Rule(_rename("sce", select_topk="density"), shared={"select_topk": 1.0}, ignored=_MASK),
+    "sce": Rule(
+        lambda given, base, compat: [
+            ("sce", {"density": given["select_topk"], **({"count": "down", "balanced": "positive"} if compat else {})})
+        ],
+        shared={"select_topk": 1.0},
+        ignored=_MASK,
+    ),
     "model_stock": Rule(
         lambda given, base, compat: [("model_stock_rows" if given["filter_wise"] else "model_stock", {})],
         shared={"filter_wise": False},

@@ -103,8 +103,10 @@ def order_statistics(
         found, counts = state
         if found is None:
             return torch.zeros(1, dtype=torch.int32)
-        if found.bits_Q is not None or counts is None:
+        if found.bits_Q is not None:
             return found.bits_Q
+        if counts is None:
+            return torch.zeros(len(found.high_Q), dtype=torch.int32)
         return (found.high_Q << 16 | _rank_from_top(counts, found.rest_Q)[0]).int()
 
     return (

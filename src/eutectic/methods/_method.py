@@ -126,7 +126,7 @@ def chain(*links: Method, **fields: Any) -> Method:
     most = min((link.experts[1] for link in links if link.experts[1] is not None), default=None)
     if most is not None and most < least:
         raise ParameterError(f"parameters with one number an expert must agree in their length, got {most} and {least}")
-    return merged._replace(**{"experts": (least, most)} | fields)
+    return merged._replace(experts=(least, most))._replace(**fields)
 
 
 def _identity(x_K: Tensor, site: Site, stats: Stats) -> Tensor:

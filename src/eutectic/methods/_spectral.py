@@ -83,7 +83,8 @@ def on_matrices(apply: Callable[[Tensor, float], Tensor], tables: Sequence[str] 
         with one_torch_thread():
             return apply(x_K, site.noise)
 
-    return Method(whole, Scope.TENSOR, sited=True, scope_of=lambda *site: matrix_scope(*site, tables), workspace=workspace)
+    scope_of = functools.partial(matrix_scope, tables=tables)
+    return Method(whole, Scope.TENSOR, sited=True, scope_of=scope_of, workspace=workspace)
 
 
 def matrix_scope(name: str, shape: tuple[int, ...], tables: Sequence[str] = TABLES) -> Scope:
