@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import fnmatch
 import json
 import math
@@ -351,11 +352,15 @@ class Merged(Checkpoint):
     def _taken(self, names: Sequence[str], asked: Mapping[Where, Measure], position: int, spread: Spread) -> dict[Where, Any]:
         """Take measurements at one position, job by job, and finish them."""
         jobs = list(self._jobs(names, asked, position))
-        states: dict[Where, Any] = {}
+        left = collections.Counter(where for where, _ in jobs)
+        states = {where: measure.init(len(self.experts)) for where, measure in asked.items()}
+        found = {}
         for (where, _), state in zip(jobs, spread(self._observe, jobs), strict=True):
-            states[where] = asked[where].merge(states[where], state) if where in states else state
-        empty = {where: measure.init(len(self.experts)) for where, measure in asked.items() if where not in states}
-        return {where: asked[where].finish(state) for where, state in (states | empty).items()}
+            states[where] = asked[where].merge(states[where], state)
+            left[where] -= 1
+            if not left[where]:  # at once: a state may be megabytes, and there may be thousands of tensors
+                found[where] = asked[where].finish(states.pop(where))
+        return found | {where: asked[where].finish(state) for where, state in states.items()}
 
     def _jobs(self, names: Sequence[str], asked: Mapping[Where, Measure], position: int) -> Iterator[Job]:
         """Parts of large tensors, and small ones together, in the tensors' order."""

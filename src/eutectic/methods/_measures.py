@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eutectic.methods._method import BLOCK, Measure, Over, Site, Stats
-from eutectic.methods._native import count_high, count_low
+from eutectic.methods._method import Measure, Over, Site, Stats
+from eutectic.methods._native import count_high, count_low, dots
 
 
 def magnitude_bits(x: Tensor) -> Tensor:
@@ -59,9 +59,10 @@ def order_statistics(
     """Exact order statistics of the magnitudes of ``values(x_K, site, stats)``, ``[Q, m]``, with m not above the chunk's n.
 
     ``wanted`` turns the number of values seen in each row, ``[Q]``, into ranks to look for, ``[R · Q]`` with the Q rows of a
-    rank together; 1 is the largest.  Two histograms over the bits of float32, high half then low half, so that it streams in
-    0.8 MB of state a row and is equal, bit for bit, to sorting them all (of a tensor, or of the whole model).  The second
-    key holds the bits of the statistics: int32 ``[R · Q]``, the bits of 0 if there were no values.
+    rank together; 1 is the largest, and 0 is above all of them.  Two histograms over the bits of float32, high half then
+    low half, so that it streams in 0.8 MB of state a row and is equal, bit for bit, to sorting them all (of a tensor, or of
+    the whole model).  The second key holds the bits of the statistics: int32 ``[R · Q]``, the bits of 0 if there were no
+    values.
     """
 
     def high(state: _High, x_K: Tensor, site: Site, stats: Stats) -> _High:
@@ -80,7 +81,8 @@ def order_statistics(
             falling = torch.nn.functional.pad(held.sort(dim=1, descending=True).values, (0, 1))  # the bits of 0 if empty
             rank_Q = wanted(n_Q)
             rows = torch.arange(len(rank_Q)) % len(held)
-            return _Found(falling[rows, (rank_Q - 1).clamp(0, max(0, held.shape[1] - 1))], rank_Q, rank_Q)
+            bits_Q = falling[rows, (rank_Q - 1).clamp(0, max(0, held.shape[1] - 1))]
+            return _Found(torch.where(rank_Q > 0, bits_Q, 0x7FFFFFFF), rank_Q, rank_Q)
         rank_Q = wanted(state.counts_QB.sum(1))
         return _Found(None, *_rank_from_top(state.counts_QB.repeat(len(rank_Q) // len(state.counts_QB), 1), rank_Q))
 
@@ -163,9 +165,8 @@ def squares(over: Over = "tensor") -> Measure:
 
 def _products(key: str, pairs_of: Callable[[int], list[tuple[int, int]]], over: Over) -> Measure:
     def observe(state: list[Tensor], x_K: Tensor, site: Site, stats: Stats) -> list[Tensor]:
-        entries = x_K.reshape(len(x_K), -1).double()
-        padded = torch.nn.functional.pad(entries, (0, -entries.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-        return [*state, torch.stack([(padded[i] * padded[j]).sum(1) for i, j in pairs_of(len(x_K))])]
+        rows = x_K.reshape(len(x_K), -1)
+        return [*state, torch.stack([dots(rows[i], rows[j]) for i, j in pairs_of(len(x_K))])]
 
     def finish(state: list[Tensor]) -> Tensor:
         # a sum of the exact kind: whatever the order, one rounding

@@ -107,11 +107,90 @@ EXPORT void eutectic_count_high(const uint32_t *x, int64_t n, int64_t *counts)
     for (int64_t i = 0; i < n; i++) counts[(x[i] & MAGNITUDE) >> 16]++;
 }
 
-/* Of the magnitudes with `bin` as the upper half of their bits: counts[b] += how many have b as the lower half. */
-EXPORT void eutectic_count_low(const uint32_t *x, int64_t n, uint32_t bin, int64_t *counts)
+/* Of the magnitudes with `bin` as the upper half of their bits: counts[b] += how many have b as the lower half.  They are few:
+ * blocks without any are passed over. */
+WIDE EXPORT void eutectic_count_low(const uint32_t *x, int64_t n, uint32_t bin, int64_t *counts)
 {
-    for (int64_t i = 0; i < n; i++)
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        uint32_t any = 0;
+        for (int j = 0; j < 32; j++) any |= (x[i + j] & MAGNITUDE) >> 16 == bin;
+        if (any)
+            for (int j = 0; j < 32; j++)
+                if ((x[i + j] & MAGNITUDE) >> 16 == bin) counts[x[i + j] & 0xFFFFu]++;
+    }
+    for (; i < n; i++)
         if ((x[i] & MAGNITUDE) >> 16 == bin) counts[x[i] & 0xFFFFu]++;
+}
+
+/* out = x where the bits of its magnitude lie in least … most, else 0. */
+WIDE EXPORT void eutectic_band(const float *restrict x, int64_t n, uint32_t least, uint32_t most, float *restrict out)
+{
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t size = bits_of(x[i]) & MAGNITUDE;
+        out[i] = float_of(bits_of(x[i]) & (size >= least && size <= most ? 0xFFFFFFFFu : 0));
+    }
+}
+
+/* ── sums over experts and over entries ──────────────────────────────────────────────────────────────────────────── */
+
+#define TILE 1024
+
+/* Of the K rows of x, those that agree in sign with the sum of all: Σ w x / Σ |w|, without weights their mean; 0 where there
+ * is none. */
+WIDE EXPORT void eutectic_agree(const float *restrict x, int64_t k, int64_t n, const float *restrict weights, float *restrict out)
+{
+    float total[TILE], sum[TILE], mass[TILE];
+    for (int64_t at = 0; at < n; at += TILE) {
+        int64_t m = n - at < TILE ? n - at : TILE;
+        for (int64_t i = 0; i < m; i++) total[i] = x[at + i], sum[i] = 0, mass[i] = 0;
+        for (int64_t e = 1; e < k; e++)
+            for (int64_t i = 0; i < m; i++) total[i] += x[e * n + at + i];
+        for (int64_t e = 0; e < k; e++) {
+            const float *row = x + e * n + at;
+            float w = weights ? weights[e] : 1.0f, size = w < 0 ? -w : w;
+            for (int64_t i = 0; i < m; i++) {
+                int with = (row[i] > 0) & (total[i] > 0), against = (row[i] < 0) & (total[i] < 0);
+                float weighted = row[i] * w;
+                sum[i] += with | against ? weighted : 0.0f;
+                mass[i] += with | against ? size : 0.0f;
+            }
+        }
+        for (int64_t i = 0; i < m; i++) out[at + i] = sum[i] / (mass[i] > 0 ? mass[i] : 1.0f);
+    }
+}
+
+/* out = Σ (x − mean)² over the K rows of x, in double, rounded to float. */
+WIDE EXPORT void eutectic_spread(const float *restrict x, int64_t k, int64_t n, float *restrict out)
+{
+    double mean[TILE], sum[TILE];
+    for (int64_t at = 0; at < n; at += TILE) {
+        int64_t m = n - at < TILE ? n - at : TILE;
+        for (int64_t i = 0; i < m; i++) mean[i] = (double)x[at + i], sum[i] = 0;
+        for (int64_t e = 1; e < k; e++)
+            for (int64_t i = 0; i < m; i++) mean[i] += (double)x[e * n + at + i];
+        for (int64_t i = 0; i < m; i++) mean[i] /= (double)k;
+        for (int64_t e = 0; e < k; e++)
+            for (int64_t i = 0; i < m; i++) {
+                double d = (double)x[e * n + at + i] - mean[i];
+                sum[i] += d * d;
+            }
+        for (int64_t i = 0; i < m; i++) out[at + i] = (float)sum[i];
+    }
+}
+
+/* out[b] = Σ x y over block b of 4,096 entries, in double: the two halves of what is left are added until one is. */
+WIDE EXPORT void eutectic_dots(const float *restrict x, const float *restrict y, int64_t n, double *restrict out)
+{
+    double sum[4096];
+    for (int64_t at = 0; at < n; at += 4096) {
+        int64_t m = n - at < 4096 ? n - at : 4096;
+        for (int64_t i = 0; i < m; i++) sum[i] = (double)x[at + i] * (double)y[at + i];
+        for (int64_t i = m; i < 4096; i++) sum[i] = 0;
+        for (int half = 2048; half; half /= 2)
+            for (int i = 0; i < half; i++) sum[i] += sum[i + half];
+        out[at / 4096] = sum[0];
+    }
 }
 
 /* ── random numbers ──────────────────────────────────────────────────────────────────────────────────────────────── */

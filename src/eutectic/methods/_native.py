@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -27,6 +29,10 @@ def _load() -> ctypes.CDLL | None:
         getattr(library, f"eutectic_{name}").argtypes = [at, at, at, count]
     library.eutectic_count_high.argtypes = [at, count, at]
     library.eutectic_count_low.argtypes = [at, count, ctypes.c_uint32, at]
+    library.eutectic_band.argtypes = [at, count, ctypes.c_uint32, ctypes.c_uint32, at]
+    library.eutectic_agree.argtypes = [at, count, count, at, at]
+    library.eutectic_spread.argtypes = [at, count, count, at]
+    library.eutectic_dots.argtypes = [at, at, count, at]
     library.eutectic_random.argtypes = [u64, u64, count, count, at]
     library.eutectic_toss.argtypes = [at, at, count, u64, ctypes.c_float, at]
     library.eutectic_magprune.argtypes = [at, at, count, count, f64, f64, at]
@@ -51,7 +57,7 @@ def widen(x: Tensor, minus: Tensor | None, out: Tensor) -> bool:
 
 def narrow(x: Tensor, base: Tensor | None, out: Tensor) -> bool:
     """``out = x + base``, or x, rounded to out's dtype; where x is 0, the base as it is.  Returns whether all is finite."""
-    if LIBRARY and x.dtype == torch.float32 and out.dtype in _NAMES and x.is_contiguous():
+    if _compiled(x) and out.dtype in _NAMES:
         run = getattr(LIBRARY, f"eutectic_narrow_{_NAMES[out.dtype]}")
         return bool(run(x.data_ptr(), _pointer(base), out.data_ptr(), x.numel()))
     out.copy_(x if base is None else torch.where(x == 0, base, x + base))
@@ -81,6 +87,55 @@ def count_low(bits: Tensor, high: int, counts: Tensor) -> None:
         counts += torch.bincount(bits[(bits & 0x7FFFFFFF) >> 16 == high] & 0xFFFF, minlength=1 << 16)
 
 
+def band(x: Tensor, least: int, most: int = 0x7FFFFFFF) -> Tensor:
+    """``x`` where the bits of its magnitude lie in ``least … most``, else 0."""
+    if _compiled(x):
+        out = torch.empty_like(x)
+        LIBRARY.eutectic_band(x.data_ptr(), x.numel(), least, most, out.data_ptr())
+        return out
+    bits = x.float().view(torch.int32) & 0x7FFFFFFF
+    return torch.where((bits >= least) & (bits <= most), x, 0)
+
+
+def agree(x_K: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """Of ``[K, …]``, the entries that agree in sign with the sum of all: Σ w x / Σ |w|, without weights the mean; 0 if none."""
+    if _compiled(x_K):
+        out = torch.empty_like(x_K[0])
+        w_K = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        LIBRARY.eutectic_agree(x_K.data_ptr(), len(x_K), out.numel(), _pointer(w_K), out.data_ptr())
+        return out
+    sign = torch.sign(functools.reduce(torch.add, x_K))
+    kept_K = torch.relu(x_K * sign).mul_(sign)
+    w_K = [1.0] * len(x_K) if weights is None else weights
+    total = functools.reduce(torch.add, (x * w for x, w in zip(kept_K, w_K, strict=True)))
+    mass = functools.reduce(torch.add, ((x != 0).to(x.dtype) * abs(w) for x, w in zip(kept_K, w_K, strict=True)))
+    return total / torch.where(mass > 0, mass, 1)
+
+
+def spread(x_K: Tensor) -> Tensor:
+    """Σ (x − mean)² over the experts, rounded from float64 to float32: equal ones tie, in whatever order the experts come."""
+    if _compiled(x_K):
+        out = torch.empty_like(x_K[0])
+        LIBRARY.eutectic_spread(x_K.data_ptr(), len(x_K), out.numel(), out.data_ptr())
+        return out
+    wide_K = x_K.double()
+    mean = functools.reduce(torch.add, wide_K) / len(x_K)
+    return functools.reduce(torch.add, ((x - mean) * (x - mean) for x in wide_K)).float()
+
+
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """Σ x y over blocks of 4,096 entries, float64 ``[⌈n / 4096⌉]``; halves of what is left are added until one is."""
+    blocks = -(-x.numel() // 4096)
+    if _compiled(x) and _compiled(y):
+        out = torch.empty(blocks, dtype=torch.float64)
+        LIBRARY.eutectic_dots(x.data_ptr(), y.data_ptr(), x.numel(), out.data_ptr())
+        return out
+    sums = torch.nn.functional.pad((x.double() * y.double()).flatten(), (0, 4096 * blocks - x.numel())).view(blocks, 4096)
+    while sums.shape[1] > 1:
+        sums = torch.add(*sums.chunk(2, dim=1))
+    return sums[:, 0]
+
+
 def random_uint32(key: tuple[int | str, ...], start: int, n: int) -> np.ndarray:
     """Numbers ``start … start + n`` of the Philox-4x64 stream named by ``key``, uniform in 32 bits.
 
@@ -100,7 +155,7 @@ def random_uint32(key: tuple[int | str, ...], start: int, n: int) -> np.ndarray:
 
 def toss(x: Tensor, coins: np.ndarray, p: float) -> Tensor:
     """``x / p`` where the entry's coin, of probability p, says so; else 0."""
-    if LIBRARY and x.dtype == torch.float32:
+    if _compiled(x):
         out = torch.empty_like(x)
         threshold = math.ceil(p * 2.0**32)
         LIBRARY.eutectic_toss(x.data_ptr(), coins.ctypes.data, x.numel(), threshold, p, out.data_ptr())
@@ -114,7 +169,7 @@ def magprune(x: Tensor, coins: np.ndarray, least: float, step: float) -> Tensor:
 
     Rank 0 is the smallest; equal magnitudes rank by their place.
     """
-    if LIBRARY and x.dtype == torch.float32 and x.is_contiguous():
+    if _compiled(x):
         out = torch.empty_like(x)
         if LIBRARY.eutectic_magprune(x.data_ptr(), coins.ctypes.data, *x.shape, least, step, out.data_ptr()):
             return out
@@ -122,6 +177,10 @@ def magprune(x: Tensor, coins: np.ndarray, least: float, step: float) -> Tensor:
     p = least + step * rank.double()
     keep = torch.from_numpy(coins).view(x.shape).double() < p * 2.0**32
     return torch.where(keep, x / p.to(x.dtype), 0)
+
+
+def _compiled(x: Tensor) -> bool:
+    return LIBRARY is not None and x.dtype == torch.float32 and x.is_contiguous()
 
 
 def _pointer(x: Tensor | None) -> int | None:

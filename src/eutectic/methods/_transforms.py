@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import ParameterError
-from eutectic.methods._measures import flat, kth_magnitude, magnitude_bits, order_statistics
+from eutectic.methods._measures import flat, kth_magnitude, order_statistics
 from eutectic.methods._method import Method, Over, Scope, Site, Stats
+from eutectic.methods._native import agree, random_uint32, toss
+from eutectic.methods._native import band as keep_band
 from eutectic.methods._native import magprune as prune_by_rank
-from eutectic.methods._native import random_uint32, toss
 
 
 def trim(density: float, over: Over) -> Method:
@@ -28,17 +29,9 @@ def trim(density: float, over: Over) -> Method:
         return Method(lambda x_K, site, stats: x_K)
 
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        return torch.stack([_at_least(x, bits) for x, bits in zip(x_K, stats["threshold"], strict=True)])
+        return torch.stack([keep_band(x, bits) for x, bits in zip(x_K, stats["threshold"].tolist(), strict=True)])
 
     return Method(apply, measures=kth_magnitude(density, over))
-
-
-def _at_least(x: Tensor, bits: Tensor) -> Tensor:
-    """``x`` where the bits of its magnitude are not below ``bits``, an int32, else 0."""
-    if x.dtype != torch.float32:
-        return x * (magnitude_bits(x) >= bits)
-    # hardshrink keeps what is larger than its bound, and is many times as fast as a mask: the bound is the float before
-    return torch.nn.functional.hardshrink(x, (bits - 1).view(torch.float32).item()) if bits > 0 else x
 
 
 def drop(density: float | Sequence[float], seed: int) -> Method:
@@ -103,10 +96,9 @@ def band(density: float | Sequence[float], gamma: float) -> Method:
         return torch.cat([cut_K + 1, cut_K + kept_K]).long()
 
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        highest_K, lowest_K = stats["threshold"].view(2, -1, *[1] * (x_K.ndim - 1))
-        some_K = torch.tensor(each(density, len(x_K))).view(-1, *[1] * (x_K.ndim - 1)) > 0
-        bits = magnitude_bits(x_K)
-        return x_K * ((bits <= highest_K) & (bits >= lowest_K) & some_K)
+        highest_K, lowest_K = stats["threshold"].view(2, -1).tolist()
+        rows = zip(x_K, each(density, len(x_K)), lowest_K, highest_K, strict=True)
+        return torch.stack([keep_band(x, least, most) if p > 0 else torch.zeros_like(x) for x, p, least, most in rows])
 
     return Method(apply, measures=order_statistics(flat, ends, "tensor"), experts=count_of(density))
 
@@ -160,6 +152,11 @@ def elect() -> Method:
         return torch.relu(x_K * sign).mul_(sign)  # several times as fast as torch.where, and as exact
 
     return Method(apply)
+
+
+def agreeing_mean(weights: Sequence[float] | None = None) -> Method:
+    """``elect``, then ``disjoint_mean``, in one go."""
+    return Method(lambda x_K, site, stats: agree(x_K, weights), experts=count_of(weights))
 
 
 def disjoint_mean(weights: Sequence[float] | None = None) -> Method:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eutectic.methods._method import Finite, Fraction, Method, chain
-from eutectic.methods._transforms import band, disjoint_mean, elect, scale_by
+from eutectic.methods._transforms import agreeing_mean, band, scale_by
 
 REFERENCE = "Davari and Belilovsky, Model breadcrumbs, ECCV 2024, arXiv:2312.06795"
 #: candidates for a choice on validation data
@@ -34,4 +34,4 @@ def breadcrumbs_ties(
     Yadav et al., NeurIPS 2023, arXiv:2306.01708; mergekit paired them.  Differs from mergekit in the mask as
     ``breadcrumbs`` does, and as ``dare_ties`` does in weights and mean.
     """
-    return chain(band(density, gamma), elect(), disjoint_mean(weights), scale_by(scale))
+    return chain(band(density, gamma), agreeing_mean(weights), scale_by(scale))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eutectic.methods._method import Finite, Fraction, Method, Seed, chain
-from eutectic.methods._transforms import disjoint_mean, drop, elect, scale_by
+from eutectic.methods._transforms import agreeing_mean, drop, scale_by
 
 REFERENCE = "Yu et al., Language models are Super Mario (DARE), ICML 2024, arXiv:2311.03099"
 #: candidates for a choice on validation data
@@ -31,4 +31,4 @@ def dare_ties(
     which matches the L1 norm of each tensor instead of dividing by p, applies the weights before the votes and
     adds those that agree instead of averaging them.
     """
-    return chain(drop(density, seed), elect(), disjoint_mean(weights), scale_by(scale))
+    return chain(drop(density, seed), agreeing_mean(weights), scale_by(scale))

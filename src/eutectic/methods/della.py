@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eutectic.methods._method import Finite, Fraction, Method, Seed, chain
-from eutectic.methods._transforms import disjoint_mean, elect, magprune, scale_by
+from eutectic.methods._transforms import agreeing_mean, magprune, scale_by
 
 REFERENCE = "Deep et al., DELLA-Merging: magnitude-based sampling, 2024, arXiv:2406.11617"
 #: candidates for a choice on validation data
@@ -37,4 +37,4 @@ def della(
     0 / 0).  Differs from mergekit, which divides a tensor by one number, its loss of L1 norm, not each entry by its own
     pᵢ: there large entries come out too large and small ones too small.  The rows of convolutions are their filters.
     """
-    return chain(magprune(density, epsilon, seed), elect(), disjoint_mean(weights), scale_by(scale))
+    return chain(magprune(density, epsilon, seed), agreeing_mean(weights), scale_by(scale))

@@ -11,7 +11,7 @@ from torch import Tensor
 from eutectic.errors import ParameterError
 from eutectic.methods._measures import magnitude_bits
 from eutectic.methods._method import Finite, Fraction, Measure, Method, Seed, Site, Stats, chain
-from eutectic.methods._transforms import band, count_of, disjoint_mean, drop, elect, magprune, scale_by, total, weighted
+from eutectic.methods._transforms import agreeing_mean, band, count_of, drop, elect, magprune, scale_by, total, weighted
 
 REFERENCE = "Goddard et al., Arcee's MergeKit, EMNLP Industry Track 2024, arXiv:2403.13257"
 
@@ -100,7 +100,7 @@ def _sum(mantissas: list[int]) -> float:
 
 def _weigh(votes: str, combine: str, weights: list[float] | None) -> Method:
     if votes == "plain" and combine == "mean":
-        return chain(elect(), disjoint_mean(weights))
+        return chain(agreeing_mean(weights))
     if votes == "none" and combine == "mean" and weights is not None and sum(weights) == 0:
         raise ParameterError(f"the weights {weights} sum to zero, so they have no mean")
 

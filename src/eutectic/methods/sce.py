@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eutectic.methods._measures import magnitude_bits, order_statistics, squares
 from eutectic.methods._method import Fraction, Method, Site, Stats, chain
+from eutectic.methods._native import agree, spread
 from eutectic.methods._transforms import elect, total, weighted
 
 REFERENCE = "Wan et al., FuseChat: knowledge fusion of chat models, 2024, arXiv:2408.07990"
@@ -45,9 +46,9 @@ def _mix(positive: bool, x_K: Tensor, site: Site, stats: Stats) -> Tensor:
     energy = stats["squares"]
     # a share too small for float32 matters only where nobody else is left, and there any number will do
     share = (energy / energy.sum().clamp(min=1e-300)).clamp(min=1e-20).tolist()
-    left_K = elect().apply(x_K, site, {})
-    if positive:
-        left_K = torch.where(total(x_K) == 0, x_K.clamp(min=0), left_K)
+    if not positive:
+        return agree(x_K, share)
+    left_K = torch.where(total(x_K) == 0, x_K.clamp(min=0), elect().apply(x_K, site, {}))
     weight = weighted(share, (left_K != 0).to(x_K.dtype))
     return torch.where(weight > 0, weighted(share, left_K) / weight, 0)
 
@@ -57,7 +58,7 @@ def _select(density: float, count: str) -> Method:
         return Method(lambda x_K, site, stats: torch.zeros_like(x_K))
 
     def varying(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        found = _variance(x_K)
+        found = spread(x_K)
         return found[found > 0][None]
 
     def wanted(n: Tensor) -> Tensor:
@@ -65,13 +66,7 @@ def _select(density: float, count: str) -> Method:
         return (share.floor() if count == "down" else share.round().clamp(min=1)).long()
 
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        found = _variance(x_K)
-        return torch.where((magnitude_bits(found) >= stats["threshold"]) & (found > 0), x_K, 0)
+        found = spread(x_K)
+        return x_K * ((magnitude_bits(found) >= stats["threshold"]) & (found > 0))
 
     return Method(apply, measures=order_statistics(varying, wanted, "tensor"))
-
-
-def _variance(x_K: Tensor) -> Tensor:
-    """Rounded from float64, so that variances that are equal tie, in whatever order the experts come."""
-    wide_K = x_K.double()
-    return total((wide_K - total(wide_K) / len(x_K)).square()).float()

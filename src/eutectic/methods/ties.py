@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eutectic.methods._method import Finite, Fraction, Method, Over, chain
-from eutectic.methods._transforms import disjoint_mean, elect, scale_by, trim
+from eutectic.methods._transforms import agreeing_mean, scale_by, trim
 
 REFERENCE = "Yadav et al., TIES-Merging, NeurIPS 2023, arXiv:2306.01708"
 #: candidates for a choice on validation data
@@ -24,4 +24,4 @@ def ties(density: Fraction = 0.2, scale: Finite = 1.0, over: Over = "model") -> 
     cancel exactly: it gives such entries the majority sign of the whole vector, here they stay 0.  Entries that tie
     with the threshold are all kept.
     """
-    return chain(trim(density, over), elect(), disjoint_mean(), scale_by(scale))
+    return chain(trim(density, over), agreeing_mean(), scale_by(scale))
