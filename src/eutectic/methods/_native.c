@@ -195,8 +195,8 @@ WIDE EXPORT void eutectic_dots(const float *restrict x, const float *restrict y,
 
 /* ── random numbers ──────────────────────────────────────────────────────────────────────────────────────────────── */
 
-/* Philox-4x64-10 (Salmon et al., SC 2011) as numpy runs it: the first block of a stream has the counter 1. */
-static inline void philox(uint64_t counter, uint64_t k0, uint64_t k1, uint64_t out[4])
+/* Philox-4x64-10 (Salmon et al., SC 2011) as numpy runs it, where the first block of a stream has the counter 1. */
+static inline void philox(uint64_t counter, uint64_t k0, uint64_t k1, uint32_t out[8])
 {
     uint64_t c0 = counter, c1 = 0, c2 = 0, c3 = 0;
     for (int round = 0; round < 10; round++) {
@@ -205,17 +205,20 @@ static inline void philox(uint64_t counter, uint64_t k0, uint64_t k1, uint64_t o
         c1 = (uint64_t)b, c3 = (uint64_t)a, c0 = n0, c2 = n2;
         k0 += 0x9E3779B97F4A7C15u, k1 += 0xBB67AE8584CAA73Bu;
     }
-    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+    out[0] = (uint32_t)c0, out[1] = (uint32_t)(c0 >> 32), out[2] = (uint32_t)c1, out[3] = (uint32_t)(c1 >> 32);
+    out[4] = (uint32_t)c2, out[5] = (uint32_t)(c2 >> 32), out[6] = (uint32_t)c3, out[7] = (uint32_t)(c3 >> 32);
 }
 
-/* 32-bit numbers start … start + n of the stream with the key (k0, k1), eight a counter. */
+/* 32-bit numbers start … start + n of the stream with the key (k0, k1), eight a counter, the low half of a word first. */
 EXPORT void eutectic_random(uint64_t k0, uint64_t k1, int64_t start, int64_t n, uint32_t *out)
 {
-    uint64_t words[4];
-    for (int64_t at = start - start % 8; at < start + n; at += 8) {
-        philox((uint64_t)(at / 8) + 1, k0, k1, words);
-        int64_t from = at < start ? start - at : 0, to = start + n - at < 8 ? start + n - at : 8;
-        for (int64_t j = from; j < to; j++) out[at + j - start] = (uint32_t)(words[j / 2] >> 32 * (j % 2));
+    int64_t at = start, end = start + n;
+    while (at < end) {
+        uint32_t numbers[8];
+        philox((uint64_t)(at / 8) + 1, k0, k1, numbers);
+        int64_t skip = at % 8, count = 8 - skip < end - at ? 8 - skip : end - at;
+        memcpy(out + (at - start), numbers + skip, (size_t)count * sizeof(uint32_t));
+        at += count;
     }
 }
 
