@@ -4,7 +4,10 @@
 
 Makes a base and three fine-tunes from a seed (once, in --work), then runs every program as a whole process, in turn, and
 prints medians and ratios.  The floor is reading all input bytes once and writing the output's bytes once, in one thread with
-reused buffers, with the page cache in the state that the runs before it left.
+reused buffers, with the page cache in the state that the runs before it left.  For the spectral methods there is a second
+floor: their decompositions and products alone, on random matrices of the same shapes, one a processor.
+
+``1.1b-small`` has the bytes of ``1.1b`` in 20,000 tensors, ``1.1b-4`` its layers four times and not 22 times.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from pathlib import Path
 SHAPES = {  # hidden, layers, mlp, heads, key-value heads, vocabulary
     "30m": (512, 8, 1376, 8, 4, 8192),
     "1.1b": (2048, 22, 5632, 32, 4, 32000),
+    "1.1b-4": (2048, 4, 5632, 32, 4, 4000),
+    "1.1b-small": (1, 0, 0, 1, 1, 1),
     "3b": (3072, 26, 8192, 24, 8, 64000),
     "7b": (4096, 32, 11008, 32, 32, 32000),
 }
@@ -35,16 +40,19 @@ METHODS: dict[str, tuple[dict, str | None, dict]] = {
     "dare_ties": ({"density": 0.5}, "dare_ties", {"weight": 1.0, "density": 0.5}),
     "della": ({"density": 0.5, "epsilon": 0.1}, "della", {"weight": 1.0, "density": 0.5, "epsilon": 0.1}),
     "breadcrumbs": ({}, "breadcrumbs", {"weight": 1.0, "density": 0.5, "gamma": 0.01}),
-    "sce": ({}, "sce", {"select_topk": 0.2}),
+    "sce": ({"density": 0.2}, "sce", {"select_topk": 0.2}),
     "karcher": ({}, "karcher", {}),
     "iso_c": ({}, None, {}),
     "tsv_m": ({}, None, {}),
+    "wudi": ({}, None, {}),
 }
 
 
 def layout(size: str) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes of a Llama of that size."""
     hidden, layers, mlp, heads, kv, vocabulary = SHAPES[size]
+    if size == "1.1b-small":
+        return {f"model.layers.{i // 1000}.mlp.experts.{i % 1000}.weight": (250, 220) for i in range(20_000)}
     key = hidden // heads * kv
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for i in range(layers):
@@ -125,6 +133,43 @@ def floor(inputs: list[Path], out: Path) -> float:
     return taken
 
 
+def spectral_floor(method: str, size: str, k: int = 3) -> float:
+    """Seconds that the decompositions and products of a method take alone, spread over the processors."""
+    import torch
+
+    torch.set_num_threads(1)
+    shapes = [
+        (min(s), max(s)) for name, s in layout(size).items() if len(s) == 2 and "embed" not in name and "head" not in name
+    ]
+    total = 0.0
+    for m, n in set(shapes):
+        x = torch.randn(m, n, dtype=torch.float64)
+        square = torch.randn(m, m, dtype=torch.float64)
+
+        def decompose(x: torch.Tensor = x, part: int = m) -> None:
+            torch.linalg.eigh(x @ x.T)[1][:, :part].T @ x
+
+        calls = {
+            # the sum's spectrum, and the factors put together
+            "iso_c": [(1, decompose), (1, lambda x=x, square=square: square @ x)],
+            # the experts' strongest directions; two polar factors; the factors put together
+            "tsv_m": [
+                (k, lambda x=x, part=m // k: decompose(x, part)),
+                (1, decompose),
+                (1, lambda square=square: decompose(square, len(square))),
+                (1, lambda x=x, square=square: square @ x),
+                (1, lambda square=square: square @ square),
+                (1, lambda x=x, square=square: square @ x),
+            ],
+        }[method]
+        for times, call in calls:
+            call()
+            started = time.perf_counter()
+            call()
+            total += times * (time.perf_counter() - started) * shapes.count((m, n))
+    return total / len(os.sched_getaffinity(0))
+
+
 def measured(command: list[str]) -> dict[str, float]:
     """Wall seconds, CPU seconds and peak resident bytes of a whole process, and what its last line of JSON says."""
     started = time.perf_counter()
@@ -143,14 +188,16 @@ def measured(command: list[str]) -> dict[str, float]:
     return found | (json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {})
 
 
-def child(recipe: str, out: str) -> None:
+def child(recipe: str, out: str, memory: str = "") -> None:
     """Merge in this process and print the seconds from recipe to published folder."""
     from eutectic.merge import recipe as recipes
     from eutectic.merge import run
+    from eutectic.merge.plan import bytes_of
 
     started = time.perf_counter()
     parsed = recipes.load(Path(recipe))
-    run.save(run.merged_from(parsed, Path(recipe).parent), out, recipe=parsed)
+    limit = bytes_of(memory) if memory else None
+    run.save(run.merged_from(parsed, Path(recipe).parent), out, recipe=parsed, memory_bytes=limit)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"inner_s": time.perf_counter() - started, "inner_rss_mb": peak}))
 
@@ -162,13 +209,15 @@ def main() -> None:
     parser.add_argument("--methods", default="average,task_arithmetic,ties")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--peer", help="path of an installed mergekit-yaml")
+    parser.add_argument("--peer-runs", type=int, help="as many as --runs if left out")
+    parser.add_argument("--memory", default="", help="what our process may take, like 1GiB")
     parser.add_argument("--work", type=Path, default=Path("runs/merge_llm"))
     arguments = parser.parse_args()
     models = arguments.work / arguments.params
     models.mkdir(parents=True, exist_ok=True)
     make_inputs(arguments.params, models)
     scratch = arguments.work / "out"
-    print("method            runs  floor_s  inner_s  /floor  whole_s  rss_MB  peer_s  peer_MB  peer/ours")
+    print("method            runs  floor_s  inner_s  /floor  whole_s  rss_MB  peer_s  peer_MB  peer/ours  /spectral floor")
     for method in arguments.methods.split(","):
         ours, peer_name, theirs = METHODS[method]
         names = ["ft0", "ft1", "ft2"]
@@ -178,16 +227,18 @@ def main() -> None:
         path.write_text(json.dumps(recipe | ({"base": "base"} if needs_base else {})))
         inputs = [models / n for n in (["base"] if needs_base else []) + names]
         rows, floors, peers = [], [], []
-        for _ in range(arguments.runs):
+        peer_runs = arguments.runs if arguments.peer_runs is None else arguments.peer_runs
+        for turn in range(arguments.runs):
             floors.append(floor(inputs, arguments.work / "floor.bin"))
             shutil.rmtree(scratch, ignore_errors=True)
-            rows.append(measured([sys.executable, __file__, "--child", str(path), str(scratch)]))
+            rows.append(measured([sys.executable, __file__, "--child", str(path), str(scratch), arguments.memory]))
             shutil.rmtree(scratch, ignore_errors=True)
-            if arguments.peer and peer_name:
+            if arguments.peer and peer_name and turn < peer_runs:
                 peers.append(
                     measured([arguments.peer, str(peer_recipe(models, peer_name, theirs, needs_base)), str(scratch), "--quiet"])
                 )
-        print(row(method, rows, floors, peers), flush=True)
+        spectral = f"{spectral_floor(method, arguments.params):10.1f} s" if method in ("iso_c", "tsv_m") else ""
+        print(row(method, rows, floors, peers), spectral, flush=True)
     shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -212,7 +263,7 @@ def row(method: str, rows: list[dict], floors: list[float], peers: list[dict]) -
         return statistics.median(r[key] for r in among) if among else float("nan")
 
     base = statistics.median(floors)
-    ratio = statistics.median(p["whole_s"] / r["whole_s"] for p, r in zip(peers, rows, strict=True)) if peers else float("nan")
+    ratio = statistics.median(p["whole_s"] / r["whole_s"] for p, r in zip(peers, rows, strict=False)) if peers else float("nan")
     return (
         f"{method:16} {len(rows):5} {base:8.2f} {median('inner_s', rows):8.2f} {median('inner_s', rows) / base:7.2f} "
         f"{median('whole_s', rows):8.2f} {median('rss_mb', rows):7.0f} {median('whole_s', peers):7.1f} "

@@ -27,7 +27,7 @@ CHUNK = 1 << 20
 READ, JOB = 4 * LEAF, 1 << 22
 
 Where = tuple[str, int, str]  # what a measurement is of: parameters, position among the measures, tensor ("": all of them)
-Job = tuple[Where, list[Span]]
+Job = tuple[Where, list[Span], bool]  # and whether it is all there is to measure
 
 
 class Override(NamedTuple):
@@ -351,47 +351,50 @@ class Merged(Checkpoint):
 
     def _taken(self, names: Sequence[str], asked: Mapping[Where, Measure], position: int, spread: Spread) -> dict[Where, Any]:
         """Take measurements at one position, job by job, and finish them."""
-        jobs = list(self._jobs(names, asked, position))
-        left = collections.Counter(where for where, _ in jobs)
-        states = {where: measure.init(len(self.experts)) for where, measure in asked.items()}
+        jobs = self._jobs(names, asked, position)
+        left = collections.Counter(where for where, *_ in jobs)
+        states = {where: measure.init(len(self.experts)) for where, measure in asked.items() if left[where] != 1}
         found = {}
-        for (where, _), state in zip(jobs, spread(self._observe, jobs), strict=True):
+        for (where, _, alone), state in zip(jobs, spread(self._observe, jobs), strict=True):
+            if alone:
+                found[where] = state
+                continue
             states[where] = asked[where].merge(states[where], state)
             left[where] -= 1
             if not left[where]:  # at once: a state may be megabytes, and there may be thousands of tensors
                 found[where] = asked[where].finish(states.pop(where))
         return found | {where: asked[where].finish(state) for where, state in states.items()}
 
-    def _jobs(self, names: Sequence[str], asked: Mapping[Where, Measure], position: int) -> Iterator[Job]:
+    def _jobs(self, names: Sequence[str], asked: Mapping[Where, Measure], position: int) -> list[Job]:
         """Parts of large tensors, and small ones together, in the tensors' order."""
-        run: list[Span] = []
-        held, of = 0, ("", 0, "")
+        runs: list[tuple[Where, list[Span]]] = []
+        held = 0
         for name in names:
             where = self._where(name, position)
             if where is None or where not in asked:
                 continue
             for start in range(0, self._specs[name].numel, JOB):
                 stop = min(start + JOB, self._specs[name].numel)
-                if run and (where != of or held + stop - start > JOB):
-                    yield of, run
-                    run, held = [], 0
-                run, held, of = [*run, Span(name, start, stop)], held + stop - start, where
-        if run:
-            yield of, run
+                if not runs or where != runs[-1][0] or held + stop - start > JOB:
+                    runs.append((where, []))
+                    held = 0
+                runs[-1][1].append(Span(name, start, stop))
+                held += stop - start
+        count = collections.Counter(where for where, _ in runs)
+        return [(where, spans, count[where] == 1) for where, spans in runs]
 
     def _observe(self, job: Job) -> Any:
-        (_, position, _), spans = job
-        state = None
+        """The state after a job's spans; finished, if it is alone."""
+        (key, position, _), spans, alone = job
+        measure = self._methods[key].measures[position]
+        state = measure.init(len(self.experts))
         for name, first, last in spans:
-            method = self._methods[self._keys[name]]
-            measure = method.measures[position]
             earlier = self._measured(name, position)
-            state = measure.init(len(self.experts)) if state is None else state
             for start in range(first, last, READ):
                 span = Span(name, start, min(start + READ, last))
-                for piece, x_K, _ in self._stacks([span], self._cut(span, once=True), method):
+                for piece, x_K, _ in self._stacks([span], self._cut(span, once=True), self._methods[key]):
                     state = measure.observe(state, x_K, self._site(name, piece, None), earlier)
-        return state
+        return measure.finish(state) if alone else state
 
 
 def _row(spec: TensorSpec) -> int:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,12 +78,9 @@ def order_statistics(
     def finish_high(state: _High) -> _Found:
         if state.counts_QB is None:
             held = torch.cat(state.held, dim=1) & 0x7FFFFFFF if state.held else torch.zeros(1, 0, dtype=torch.int32)
-            n_Q = torch.full((len(held),), held.shape[1])
-            falling = torch.nn.functional.pad(held.sort(dim=1, descending=True).values, (0, 1))  # the bits of 0 if empty
-            rank_Q = wanted(n_Q)
-            rows = torch.arange(len(rank_Q)) % len(held)
-            bits_Q = falling[rows, (rank_Q - 1).clamp(0, max(0, held.shape[1] - 1))]
-            return _Found(torch.where(rank_Q > 0, bits_Q, 0x7FFFFFFF), rank_Q, rank_Q)
+            rank_Q = wanted(torch.full((len(held),), held.shape[1]))
+            bits = [_largest(held[at % len(held)], rank) for at, rank in enumerate(rank_Q.tolist())]
+            return _Found(torch.tensor(bits, dtype=torch.int32), rank_Q, rank_Q)
         rank_Q = wanted(state.counts_QB.sum(1))
         return _Found(None, *_rank_from_top(state.counts_QB.repeat(len(rank_Q) // len(state.counts_QB), 1), rank_Q))
 
@@ -139,6 +137,14 @@ def _poured(state: _High) -> _High:
         for row, counts in zip(rows, counts_QB, strict=True):
             count_high(row, counts)
     return _High([], counts_QB)
+
+
+def _largest(bits: Tensor, rank: int) -> int:
+    """The rank-largest of a few; those of infinity and more above all of them, of 0 if there are none."""
+    if rank == 0 or not len(bits):
+        return 0 if rank else 0x7FFFFFFF
+    at = max(0, len(bits) - rank)
+    return int(np.partition(bits.numpy(), at)[at])
 
 
 def _rank_from_top(counts_KB: Tensor, wanted_K: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,21 +29,21 @@ class Svd(NamedTuple):
     Vh: Tensor
 
 
-def svd(x: Tensor, noise: float = 0.0) -> Svd:
-    """Decompose ``[m, n]`` by the eigenvectors of its smaller Gram matrix in float64.
+def svd(x: Tensor, noise: float = 0.0, most: int | None = None) -> Svd:
+    """Decompose ``[m, n]`` by the eigenvectors of its smaller Gram matrix in float64; only the ``most`` strongest directions.
 
     Squaring costs half of the digits of float64, which leaves float32's.  Directions below 10⁻⁶ of the largest singular
     value are float32's rounding and are dropped: low-rank task vectors have no arbitrary directions in their null space.
     So are those up to ``noise``, for differences of larger matrices, whose rounding they inherit.
     """
     if x.shape[0] > x.shape[1]:
-        turned = svd(x.T, noise)
+        turned = svd(x.T, noise, most)
         return Svd(turned.Vh.T, turned.s, turned.U.T)
     wide = x.double()
     with one_torch_thread():
         squares, U = torch.linalg.eigh(wide @ wide.T)
     s = squares.clamp(min=0).sqrt().flip(0)
-    rank = int((s > (1e-6 * s[:1]).clamp(min=noise)).sum())
+    rank = int((s[:most] > (1e-6 * s[:1]).clamp(min=noise)).sum())
     U, s = U.flip(1)[:, :rank], s[:rank]
     return Svd(U.to(x.dtype), s.to(x.dtype), ((U / s).T @ wide).to(x.dtype))
 

@@ -30,10 +30,10 @@ def tsv_m(scale: Finite = 1.0) -> Method:
 
     def whiten(x_K: Tensor, noise: float) -> Tensor:
         kept = max(1, min(x_K.shape[1:]) // len(x_K))
-        parts = [svd(x, noise) for x in x_K]
-        U = torch.cat([part.U[:, :kept] for part in parts], dim=1)
-        s = torch.cat([part.s[:kept] for part in parts])
-        Vh = torch.cat([part.Vh[:kept] for part in parts])
+        parts = [svd(x, noise, kept) for x in x_K]
+        U = torch.cat([part.U for part in parts], dim=1)
+        s = torch.cat([part.s for part in parts])
+        Vh = torch.cat([part.Vh for part in parts])
         return polar(U) * s @ polar(Vh)
 
     return chain(on_matrices(whiten), scale_by(scale))
