@@ -34,23 +34,20 @@ class Hashed(Checkpoint):
         return self._below.specs
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
-        flat = self._below._read(name, start, stop)
-        self._hash(name, start, stop, flat)
-        return flat
+        return self.read_spans([Span(name, start, stop)])
 
     def read_spans(self, spans: Sequence[Span]) -> Tensor:
         """As below."""
-        flat, at = self._below.read_spans(spans), 0
+        flat = self._below.read_spans(spans)
+        data, size, at = element_bytes(flat), flat.element_size(), 0
         for name, start, stop in spans:
-            self._hash(name, start, stop, flat[at : (at := at + stop - start)])
+            leaves = self._leaves[name]
+            first, last = -(-start // LEAF), -(-stop // LEAF) if stop == self.specs[name].numel else stop // LEAF
+            if first < last and not (first in leaves and last - 1 in leaves):
+                low, high = at + first * LEAF - start, at + min(last * LEAF, stop) - start
+                leaves.update(enumerate(leaf_hashes(data[low * size : high * size], size), first))
+            at += stop - start
         return flat
-
-    def _hash(self, name: str, start: int, stop: int, flat: Tensor) -> None:
-        """Note the hashes of the leaves that lie within ``start:stop``."""
-        leaves = self._leaves[name]
-        first, last = -(-start // LEAF), -(-stop // LEAF) if stop == self.specs[name].numel else stop // LEAF
-        if first < last and not (first in leaves and last - 1 in leaves):
-            leaves.update(enumerate(leaf_hashes(flat[first * LEAF - start : last * LEAF - start]), first))
 
     def prepare(self, names: Sequence[str], spread: Spread = map) -> None:
         """As below."""
@@ -92,9 +89,9 @@ class Hashed(Checkpoint):
         self._below.close()
 
 
-def leaf_hashes(flat: Tensor) -> list[bytes]:
-    """The hashes of the leaves of a chunk that begins at a leaf's beginning."""
-    data, step = element_bytes(flat), LEAF * flat.element_size()
+def leaf_hashes(data: memoryview, size: int) -> list[bytes]:
+    """The hashes of the leaves of a chunk that begins at a leaf's beginning, of its bytes and those of an element."""
+    step = LEAF * size
     return [blake3(data[at : at + step]).digest() for at in range(0, len(data), step)]
 
 

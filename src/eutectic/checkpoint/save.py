@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eutectic.checkpoint.base import Checkpoint, Span
+import torch
+from torch import Tensor
+
+from eutectic.checkpoint.base import Checkpoint, Span, element_bytes
 from eutectic.checkpoint.hashed import LEAF, leaf_hashes, root_hash
 from eutectic.checkpoint.publish import Journal
 from eutectic.checkpoint.spec import layout_nbytes
@@ -106,18 +109,13 @@ def write_unit(
     budget: Budget | None = None,
 ) -> int:
     """Compute one unit, write it, and note its hashes; returns its bytes."""
-    need = max(checkpoint.need_bytes(name, stop - start) for name, start, stop in unit)
+    need = checkpoint.need_bytes(unit[0].name, sum(stop - start for _, start, stop in unit))
     with (budget or Budget(float("inf"))).hold(need):
         flat = checkpoint.read_spans(unit)
         writer.write_spans(unit, flat)
-        found = []
-        at = 0
-        for name, start, stop in unit:
-            hashes = leaf_hashes(flat[at : (at := at + stop - start)])
-            leaves[name].update(enumerate(hashes, start // LEAF))
-            found += hashes
+        found = _note(unit, flat, leaves)
     if journal is not None:
-        journal.add(*_entry(unit), root_hash(found))
+        journal.add(*_entry(unit), found)
     return flat.numel() * flat.element_size()
 
 
@@ -157,7 +155,7 @@ def units(checkpoint: Checkpoint) -> Iterator[Unit]:
         n, grain = spec.numel, checkpoint.grain(name)
         small = n < LEAF and grain < LEAF
         if run and not (
-            small and held + n <= LEAF and len(run) < TOGETHER and spec.dtype == checkpoint.specs[run[0].name].dtype
+            small and held + n <= CHUNK and len(run) < TOGETHER and spec.dtype == checkpoint.specs[run[0].name].dtype
         ):
             yield run
             run, held = [], 0
@@ -185,10 +183,21 @@ def _kept(writer: SafetensorsWriter, unit: Unit, journal: Journal | None, leaves
     """Whether an earlier run wrote a unit and it is whole; then its hashes are noted."""
     if journal is None or _entry(unit) not in journal.done:
         return False
-    found = [leaf_hashes(writer.read_back(*span)) for span in unit]
-    if root_hash([leaf for hashes in found for leaf in hashes]) != journal.done[_entry(unit)]:
+    flat = torch.cat([writer.read_back(*span) for span in unit])
+    noted: Leaves = {span.name: {} for span in unit}
+    if _note(unit, flat, noted) != journal.done[_entry(unit)]:
         return False
-    for (name, start, stop), hashes in zip(unit, found, strict=True):
+    for name, start, stop in unit:
         writer.accept(name, stop - start)
-        leaves[name].update(enumerate(hashes, start // LEAF))
+        leaves[name] |= noted[name]
     return True
+
+
+def _note(unit: Unit, flat: Tensor, leaves: Leaves) -> str:
+    """Note the hashes of a unit's leaves; returns that of all of them."""
+    data, size, at, found = element_bytes(flat), flat.element_size(), 0, []
+    for name, start, stop in unit:
+        hashes = leaf_hashes(data[at : (at := at + (stop - start) * size)], size)
+        leaves[name].update(enumerate(hashes, start // LEAF))
+        found += hashes
+    return root_hash(found)

@@ -48,7 +48,7 @@ def plan(merged: Merged | Composed, memory_bytes: int | None = None, threads: in
     ``memory_bytes`` is what the whole process may take: by default 1.5 GiB, or what the largest tensor takes if that is more.
     Raises BudgetError if the largest tensor does not fit into what was asked for, with the budget that would do.
     """
-    needs = {unit[0].name: max(merged.need_bytes(name, stop - start) for name, start, stop in unit) for unit in units(merged)}
+    needs = {unit[0].name: merged.need_bytes(unit[0].name, sum(n - m for _, m, n in unit)) for unit in units(merged)}
     largest = max(needs, key=needs.__getitem__, default="")
     most, process = needs.get(largest, 0), resident_bytes()
     free = (memory_bytes or DEFAULT_BYTES) - process - SLACK_BYTES

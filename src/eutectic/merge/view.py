@@ -235,7 +235,8 @@ class Merged(Checkpoint):
         spec = self._specs[first]
         out = torch.empty(sum(stop - start for _, start, stop in spans), dtype=spec.dtype)
         if len(spans) > 1 and self._alike(spans):
-            self._merge_into(out, spans, Cut(0, len(out), [Piece(0, len(out), (len(out),))]), 0)
+            ends = [(low, min(low + self.chunk, len(out))) for low in range(0, len(out), self.chunk)]
+            self._merge_into(out, spans, Cut(0, len(out), [Piece(low, high, (high - low,)) for low, high in ends]), 0)
             return out
         at = 0
         for span in spans:
