@@ -27,8 +27,23 @@ from eutectic.record import Record
 from eutectic.task import Task
 
 Progress = Callable[[str], None]
-#: one of each family: what the demo shows in a minute
-REPRESENTATIVE = ("average", "task_arithmetic", "ties", "tsv_m")
+#: what the demo shows: each family's own, and those that have passed them
+REPRESENTATIVE = (
+    *(
+        "average",
+        "task_arithmetic",
+        "ties",
+        "dare_ties",
+        "della",
+        "breadcrumbs_ties",
+        "sce",
+        "magmax",
+        "pcb",
+        "consensus",
+        "emr",
+    ),
+    *("cabs", "model_stock", "tsv_m", "iso_c", "iso_cts", "wudi", "aswudi", "lines", "svc"),
+)
 
 
 def evaluate(

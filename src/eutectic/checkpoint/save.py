@@ -87,13 +87,20 @@ def save_tensors(
 
         def measuring(work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
             jobs = list(jobs)
-            for number, found in enumerate(spread(work, jobs), start=1):
+
+            def held(job: Any) -> Any:
+                with budget.hold(most):
+                    return work(job)
+
+            for number, found in enumerate(spread(held, jobs), start=1):
                 progress("measuring", number, len(jobs))
                 yield found
 
+        most = 0
         for window in windows(checkpoint):
             missing = [unit for unit in window if not _kept(writer, unit, journal, leaves)]
             done += sum(_nbytes(checkpoint, unit) for unit in window) - sum(_nbytes(checkpoint, unit) for unit in missing)
+            most = max((need_bytes(checkpoint, unit) for unit in missing), default=0)
             checkpoint.prepare(list(dict.fromkeys(span.name for unit in missing for span in unit)), measuring)
             for nbytes in spread(lambda unit: write_unit(checkpoint, writer, unit, leaves, journal, budget), missing):
                 report(nbytes)
@@ -109,8 +116,7 @@ def write_unit(
     budget: Budget | None = None,
 ) -> int:
     """Compute one unit, write it, and note its hashes; returns its bytes."""
-    need = checkpoint.need_bytes(unit[0].name, sum(stop - start for _, start, stop in unit))
-    with (budget or Budget(float("inf"))).hold(need):
+    with (budget or Budget(float("inf"))).hold(need_bytes(checkpoint, unit)):
         flat = checkpoint.read_spans(unit)
         writer.write_spans(unit, flat)
         found = _note(unit, flat, leaves)
@@ -168,6 +174,11 @@ def units(checkpoint: Checkpoint) -> Iterator[Unit]:
         yield from ([Span(name, start, min(start + step, n))] for start in range(0, n, step))
     if run:
         yield run
+
+
+def need_bytes(checkpoint: Checkpoint, unit: Unit) -> int:
+    """An upper bound of the memory that computing a unit takes."""
+    return checkpoint.need_bytes(unit[0].name, sum(stop - start for _, start, stop in unit))
 
 
 def _nbytes(checkpoint: Checkpoint, unit: Unit) -> int:

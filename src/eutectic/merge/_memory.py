@@ -11,16 +11,16 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse buffers of up to 32 MiB, for the rest of the process; does nothing elsewhere.
+    """Let glibc reuse buffers of up to 8 MiB, those of chunks, for the rest of the process; does nothing elsewhere.
 
     By default it hands each large buffer back to the kernel, which clears it anew for the next: that takes ten times as long as
-    to fill it, and is most of the time of a merge.
+    to fill it, and is most of the time of a merge.  Larger ones, of whole tensors, do go back: kept, they would lie in pieces.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(_MMAP_THRESHOLD, 32 << 20)
-            mallopt(_TRIM_THRESHOLD, 256 << 20)
+            mallopt(_MMAP_THRESHOLD, 8 << 20)
+            mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def resident_bytes() -> int:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from eutectic.checkpoint.save import units
+from eutectic.checkpoint.save import need_bytes, units
 from eutectic.checkpoint.spec import layout_nbytes
 from eutectic.errors import BudgetError
 from eutectic.merge._memory import resident_bytes
 from eutectic.merge.compose import Composed
 from eutectic.merge.view import Merged
 
-#: for what grows with neither chunks nor tensors: histograms, hashes, the journal, and what malloc cannot use again
-SLACK_BYTES = 128 << 20
+#: for what grows with neither chunks nor tensors: libraries at their first use, histograms, hashes, what malloc cannot use again
+SLACK_BYTES = 192 << 20
 #: what a merge may take if nobody says; more only for a tensor that needs it
 DEFAULT_BYTES = 3 << 29
 
@@ -48,7 +48,7 @@ def plan(merged: Merged | Composed, memory_bytes: int | None = None, threads: in
     ``memory_bytes`` is what the whole process may take: by default 1.5 GiB, or what the largest tensor takes if that is more.
     Raises BudgetError if the largest tensor does not fit into what was asked for, with the budget that would do.
     """
-    needs = {unit[0].name: merged.need_bytes(unit[0].name, sum(n - m for _, m, n in unit)) for unit in units(merged)}
+    needs = {unit[0].name: need_bytes(merged, unit) for unit in units(merged)}
     largest = max(needs, key=needs.__getitem__, default="")
     most, process = needs.get(largest, 0), resident_bytes()
     free = (memory_bytes or DEFAULT_BYTES) - process - SLACK_BYTES

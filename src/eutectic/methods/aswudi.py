@@ -35,4 +35,4 @@ def aswudi(scale: Finite = 1.0) -> Method:
         share = float(curve.sqrt().sum().square() / curve.sum()) if len(curve) else 0.0
         return (torch.arange(len(curve)) < math.ceil(share - 1e-9)).to(curve.dtype)
 
-    return chain(on_matrices(lambda x_K, noise: filtered(x_K, keep)), scale_by(scale))
+    return chain(on_matrices(lambda x_K, noise: filtered(x_K, keep), workspace=40), scale_by(scale))

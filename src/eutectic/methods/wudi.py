@@ -29,4 +29,6 @@ def wudi(time: NonNegative = 300.0, scale: Finite = 1.0) -> Method:
     Differs from the former, which takes 300 steps of Adam, and from the latter's best setting, which also cuts the
     weakest third of the directions and takes t = 1300.
     """
-    return chain(on_matrices(lambda x_K, noise: filtered(x_K, lambda curve: -torch.expm1(-curve * time))), scale_by(scale))
+    return chain(
+        on_matrices(lambda x_K, noise: filtered(x_K, lambda curve: -torch.expm1(-curve * time)), workspace=40), scale_by(scale)
+    )
