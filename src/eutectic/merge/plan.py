@@ -12,7 +12,7 @@ from eutectic.merge._memory import resident_bytes
 from eutectic.merge.compose import Composed
 from eutectic.merge.view import Merged
 
-#: for what grows with neither chunks nor tensors: libraries at their first use, histograms, hashes, what malloc cannot use again
+#: for what grows with neither chunks nor tensors: libraries at first use, histograms, hashes, memory that lies in pieces
 SLACK_BYTES = 192 << 20
 #: what a merge may take if nobody says; more only for a tensor that needs it
 DEFAULT_BYTES = 3 << 29
