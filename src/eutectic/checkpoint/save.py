@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from eutectic.checkpoint.base import Checkpoint, Span
-from eutectic.checkpoint.hashed import LEAF, leaf_hashes, root_hash
+from eutectic.checkpoint.hashed import LEAF, Leaves, leaf_hashes, root_hash
 from eutectic.checkpoint.publish import Journal
 from eutectic.checkpoint.spec import layout_nbytes
 from eutectic.checkpoint.writer import MAX_SHARD_BYTES, SafetensorsWriter
 
 Progress = Callable[[str, int, int], None]  # what, done, total
-Leaves = dict[str, dict[int, bytes]]  # tensor → place of a leaf → its hash
 Unit = list[Span]
 
 #: Elements that one thread reads and writes at once, and small tensors that are then taken together.
@@ -89,8 +88,10 @@ def save_tensors(
                 yield found
 
         for window in windows(checkpoint):
-            missing = [unit for unit in window if not _kept(writer, unit, journal, leaves)]
-            done += sum(_nbytes(checkpoint, unit) for unit in window) - sum(_nbytes(checkpoint, unit) for unit in missing)
+            missing = [unit for unit in window if not kept(writer, unit, journal, leaves)]
+            done += sum(unit_nbytes(checkpoint, unit) for unit in window) - sum(
+                unit_nbytes(checkpoint, unit) for unit in missing
+            )
             checkpoint.prepare(list(dict.fromkeys(span.name for unit in missing for span in unit)), measuring)
             for nbytes in spread(lambda unit: write_unit(checkpoint, writer, unit, leaves, journal, budget), missing):
                 report(nbytes)
@@ -110,15 +111,19 @@ def write_unit(
     with (budget or Budget(float("inf"))).hold(need):
         flat = checkpoint.read_spans(unit)
         writer.write_spans(unit, flat)
-        found = []
         at = 0
         for name, start, stop in unit:
             hashes = leaf_hashes(flat[at : (at := at + stop - start)])
             leaves[name].update(enumerate(hashes, start // LEAF))
-            found += hashes
     if journal is not None:
-        journal.add(*_entry(unit), root_hash(found))
+        note(journal, unit, leaves)
     return flat.numel() * flat.element_size()
+
+
+def note(journal: Journal, unit: Unit, leaves: Leaves) -> None:
+    """Put a unit that is written, and whose hashes are known, into the journal."""
+    found = [leaves[name][at] for name, start, stop in unit for at in range(start // LEAF, -(-stop // LEAF))]
+    journal.add(*_entry(unit), root_hash(found))
 
 
 def tensor_hashes(leaves: Mapping[str, Mapping[int, bytes]]) -> dict[str, str]:
@@ -172,7 +177,8 @@ def units(checkpoint: Checkpoint) -> Iterator[Unit]:
         yield run
 
 
-def _nbytes(checkpoint: Checkpoint, unit: Unit) -> int:
+def unit_nbytes(checkpoint: Checkpoint, unit: Unit) -> int:
+    """The bytes of a unit as written."""
     return sum(stop - start for _, start, stop in unit) * checkpoint.specs[unit[0].name].dtype.itemsize
 
 
@@ -181,7 +187,7 @@ def _entry(unit: Sequence[Span]) -> tuple[str, int, int]:
     return unit[0].name, unit[0].start, unit[-1].stop
 
 
-def _kept(writer: SafetensorsWriter, unit: Unit, journal: Journal | None, leaves: Leaves) -> bool:
+def kept(writer: SafetensorsWriter, unit: Unit, journal: Journal | None, leaves: Leaves) -> bool:
     """Whether an earlier run wrote a unit and it is whole; then its hashes are noted."""
     if journal is None or _entry(unit) not in journal.done:
         return False
