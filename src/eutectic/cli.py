@@ -64,6 +64,15 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an existing folder.")] = False,
     compat: CompatOption = None,
     memory: MemoryOption = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster",
+            metavar="ADDRESS",
+            help="Let a Ray cluster do the work: HOST:PORT, or auto for the one that this machine belongs to. "
+            "Inputs and OUT lie on a disk that its machines share; --memory is for each of their processes.",
+        ),
+    ] = None,
 ) -> None:
     """Merge checkpoints as RECIPE says and write a Hugging Face folder OUT, whole or not at all."""
     from eutectic.merge import run
@@ -75,7 +84,7 @@ def merge(
         print(f"note: one expert only; {merged.method} scales or copies it", file=sys.stderr)
     with _bar() as progress:
         limit = bytes_of(memory) if memory else None
-        run.save(merged, out, replace=force, recipe=parsed, memory_bytes=limit, progress=progress)
+        run.save(merged, out, replace=force, recipe=parsed, memory_bytes=limit, cluster=cluster, progress=progress)
     for note in merged.mixture.found if isinstance(merged, Composed) and merged.mixture else ():
         print(f"note: {note}", file=sys.stderr)
     print(f"{out}: {merged.method} of {len(merged.experts)} expert(s)")

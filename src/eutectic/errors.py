@@ -11,6 +11,7 @@
     ├── BudgetError                 a merge that does not fit the memory it may take
     ├── OutputError                 an output that exists, or cannot be written
     │   └── DiskFullError           there is, or would be, no room for the output
+    ├── ClusterError                machines that do not answer, differ, or are lost again and again
     └── MissingDependencyError      an optional package that this call needs
 
 Anything else that escapes is a bug in Eutectic.
@@ -69,6 +70,10 @@ class OutputError(EutecticError):
 
 class DiskFullError(OutputError):
     """There is, or would be, no room for the output."""
+
+
+class ClusterError(EutecticError):
+    """Machines that do not answer, differ, or are lost again and again."""
 
 
 class MissingDependencyError(EutecticError):

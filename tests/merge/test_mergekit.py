@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import re
 import shutil
 
@@ -305,6 +306,13 @@ def test_dare_ties_with_an_adapter_and_a_tokenizer(opened, zoo):
     assert any("mk.yaml:12: `int8_mask` is ignored" in note for note in composed.notes)
     compat = numbers(opened(DARE, compat=True), HEAD)[1]
     assert (compat["rescale"], compat["votes"], compat["density"][1]) == ("l1", "weighted", 0.7)
+
+
+def test_a_copy_for_another_machine_reads_the_same(opened, zoo):
+    write_lora(zoo[0] / "org/med-lora", "../base-7b")
+    composed = opened(DARE)
+    with pickle.loads(pickle.dumps(composed)) as copy:
+        assert all(torch.equal(copy.read(name), composed.read(name)) for name in composed.specs)
 
 
 def test_depth_upscaling_loads_in_transformers(opened, zoo, tmp_path):

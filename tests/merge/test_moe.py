@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 
 import pytest
@@ -342,6 +343,14 @@ def test_gates_are_made_once():
     assert gates.read("s").tolist() == [[8, 9, 10, 11]]
     assert gates.read("g", slice(1, 2)).tolist() == [[4, 5, 6, 7]]
     assert calls == [1]
+
+
+def test_a_copy_for_another_machine_reads_the_same_and_runs_no_prompt(opened, monkeypatch):
+    composed = opened(PROMPTED.format(mode="hidden"))
+    copy = pickle.loads(pickle.dumps(composed))
+    monkeypatch.setattr(router_inputs, "prompt_vectors", None)
+    with copy:
+        assert all(torch.equal(copy.read(name), composed.read(name)) for name in composed.specs)
 
 
 def test_a_degenerate_gate_is_noted(opened):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator, Mapping
 from typing import final
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.alignment import BLEND, MEAN, ZERO, Alignment, RowMap
-from eutectic.checkpoint.base import Checkpoint
+from eutectic.checkpoint.base import Checkpoint, Turn
 from eutectic.checkpoint.spec import Layout, TensorSpec
 from eutectic.errors import LayoutError
 
@@ -51,7 +50,7 @@ class Aligned(Checkpoint):
         self.origin, self.files = self._below.origin, self._below.files
         self._map, self._reach = alignment.maps[name], alignment.reach[name]
         self._means: dict[str, Tensor] = {}
-        self._lock = threading.Lock()
+        self._lock = Turn()
         needed = _needed(self._map)
         own = alignment.models.index(name)
         needed[own] = max(needed.get(own, 0), self._reach)

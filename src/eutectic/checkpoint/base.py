@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,11 +27,29 @@ class Span(NamedTuple):
     stop: int
 
 
+class Turn:
+    """A lock that its holder may take again; a copy made by pickling has one of its own."""
+
+    def __init__(self) -> None:
+        """Free."""
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
+        return Turn, ()
+
+
 class Checkpoint(ABC):
     """Named tensors that are read on demand.
 
     Implementations give ``specs`` and ``_read`` (a flat range of one tensor's elements: the finest grain, so
-    that a chunk can fit any memory budget however long a tensor's rows are).  Reads may come from many threads.
+    that a chunk can fit any memory budget however long a tensor's rows are).  Reads may come from many threads, and by
+    pickling from other machines: files go by their absolute path, and what was measured goes along.
     """
 
     #: where it comes from, for error messages and provenance
@@ -91,7 +110,10 @@ class Checkpoint(ABC):
         return 1
 
     def prepare(self, names: Sequence[str], spread: Spread = map) -> None:  # noqa: B027 — most need nothing
-        """Do once what reading these tensors needs, on as many threads as ``spread`` has.  Nothing by default."""
+        """Do once what reading these tensors needs, on as many threads as ``spread`` has.  Nothing by default.
+
+        Without names it is what reading any tensor needs: measurements over the whole model.
+        """
 
     def need_bytes(self, name: str, n: int) -> int:
         """An upper bound of the memory that reading n elements of a tensor takes, the result included."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Mapping, Sequence
+from typing import Any, final
 
 from blake3 import blake3
 from torch import Tensor
@@ -13,6 +13,8 @@ from eutectic.checkpoint.spec import Layout
 
 #: Elements of a leaf.  Those that lie within a read as a whole are hashed as they pass.
 LEAF = 1 << 18
+
+Leaves = dict[str, dict[int, bytes]]  # tensor → place of a leaf → its hash
 
 
 @final
@@ -26,7 +28,11 @@ class Hashed(Checkpoint):
         """Nothing is read now."""
         self._below, self.origin = checkpoint, checkpoint.origin
         self.files, self.durable = checkpoint.files, checkpoint.durable
-        self._leaves: dict[str, dict[int, bytes]] = {name: {} for name in checkpoint.specs}
+        self._leaves: Leaves = {name: {} for name in checkpoint.specs}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy begins anew, and so notes what it reads itself."""
+        return self.__dict__ | {"_leaves": {name: {} for name in self._leaves}}
 
     @property
     def specs(self) -> Layout:
@@ -79,6 +85,15 @@ class Hashed(Checkpoint):
         for name in sorted(self.specs):
             whole.update(f"{name}\0{self.specs[name]}\0{self.tensor_hash(name)}\n".encode())
         return whole.hexdigest()
+
+    def noted(self) -> Leaves:
+        """The hashes of the leaves that have passed."""
+        return {name: found for name, found in self._leaves.items() if found}
+
+    def absorb(self, leaves: Mapping[str, Mapping[int, bytes]]) -> None:
+        """Note what passed through a copy elsewhere, as if it had passed here."""
+        for name, found in leaves.items():
+            self._leaves[name].update(found)
 
     def untouched(self) -> bool:
         """Whether nothing was hashed yet."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from eutectic.checkpoint.writer import explained, explained_if_full, fsync
-from eutectic.errors import DiskFullError, OutputError
+from eutectic.errors import ClusterError, DiskFullError, OutputError
 
 _JOURNAL = ".journal"
 #: one of these shows that a folder holds a model, and may be replaced by another
@@ -78,8 +78,9 @@ def resumable(
 ) -> Generator[tuple[Path, Journal], None, None]:
     """Like ``published``, but a run that was killed or stopped is carried on by the next one with the same ``key``.
 
-    The unfinished folder is ``.NAME.partial`` beside ``folder``.  It stays after a crash, Ctrl-C, SIGTERM or a full disk if
-    something was written already, and is removed after any other error.  A partial folder with another key is started anew.
+    The unfinished folder is ``.NAME.partial`` beside ``folder``.  It stays after a crash, Ctrl-C, SIGTERM, a full disk or the
+    loss of a cluster's machines if something was written already, and is removed after any other error.  A partial folder with
+    another key is started anew.
     Raises OutputError as ``published`` does, and if another process is writing the same output.
     """
     folder = _refuse_output(Path(folder), replace, inputs)
@@ -91,7 +92,7 @@ def resumable(
         done: dict[tuple[str, int, int], str] = {}
 
         def worth_keeping(error: BaseException) -> bool:
-            return bool(done) and isinstance(error, (DiskFullError, KeyboardInterrupt, SystemExit))
+            return bool(done) and isinstance(error, (ClusterError, DiskFullError, KeyboardInterrupt, SystemExit))
 
         with _making(folder, partial, replace, worth_keeping):
             _tidy(partial)

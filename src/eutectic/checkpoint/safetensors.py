@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from eutectic.checkpoint._files import AGAIN, MAX_JSON_BYTES, inside, parse_json, read_json
-from eutectic.checkpoint.base import Checkpoint, Span
+from eutectic.checkpoint.base import Checkpoint, Span, Turn
 from eutectic.checkpoint.spec import DTYPES, Layout, TensorSpec
 from eutectic.errors import CheckpointError, did_you_mean
 
@@ -69,10 +68,15 @@ class SafetensorsFile(Checkpoint):
         finally:
             os.close(fd)
         self._specs = {name: entry.spec for name, entry in self._entries.items()}
-        self._lock = threading.Lock()
+        self._lock = Turn()
         self._fd: int | None = None
         self._release: weakref.finalize | None = None
         self._closed = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy opens the file by itself; on another machine device and inode may be called otherwise."""
+        here = {"_path": self._path.absolute(), "_stamp": self._stamp[-2:], "_fd": None, "_release": None}
+        return self.__dict__ | here
 
     @property
     def specs(self) -> Layout:
@@ -106,7 +110,7 @@ class SafetensorsFile(Checkpoint):
                 raise CheckpointError(f"{self.origin}: read after close. Open it again.")
             if self._fd is None:
                 fd = _open(self._path)
-                if _stamp(fd) != self._stamp:
+                if _stamp(fd)[-len(self._stamp) :] != self._stamp:
                     os.close(fd)
                     raise CheckpointError(f"{self.origin}: has changed since its header was read. Open it again.")
                 self._fd, self._release = fd, weakref.finalize(self, os.close, fd)

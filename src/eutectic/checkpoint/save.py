@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.base import Checkpoint, Span, element_bytes
-from eutectic.checkpoint.hashed import LEAF, leaf_hashes, root_hash
+from eutectic.checkpoint.hashed import LEAF, Leaves, leaf_hashes, root_hash
 from eutectic.checkpoint.publish import Journal
 from eutectic.checkpoint.spec import layout_nbytes
 from eutectic.checkpoint.writer import MAX_SHARD_BYTES, SafetensorsWriter
 
 Progress = Callable[[str, int, int], None]  # what, done, total
-Leaves = dict[str, dict[int, bytes]]  # tensor → place of a leaf → its hash
 Unit = list[Span]
 
 #: Elements that one thread reads and writes at once, and small tensors that are then taken together.
@@ -98,8 +97,10 @@ def save_tensors(
 
         most = 0
         for window in windows(checkpoint):
-            missing = [unit for unit in window if not _kept(writer, unit, journal, leaves)]
-            done += sum(_nbytes(checkpoint, unit) for unit in window) - sum(_nbytes(checkpoint, unit) for unit in missing)
+            missing = [unit for unit in window if not kept(writer, unit, journal, leaves)]
+            done += sum(unit_nbytes(checkpoint, unit) for unit in window) - sum(
+                unit_nbytes(checkpoint, unit) for unit in missing
+            )
             most = max((need_bytes(checkpoint, unit) for unit in missing), default=0)
             checkpoint.prepare(list(dict.fromkeys(span.name for unit in missing for span in unit)), measuring)
             for nbytes in spread(lambda unit: write_unit(checkpoint, writer, unit, leaves, journal, budget), missing):
@@ -119,9 +120,9 @@ def write_unit(
     with (budget or Budget(float("inf"))).hold(need_bytes(checkpoint, unit)):
         flat = checkpoint.read_spans(unit)
         writer.write_spans(unit, flat)
-        found = _note(unit, flat, leaves)
+        _hash(unit, flat, leaves)
     if journal is not None:
-        journal.add(*_entry(unit), found)
+        note(journal, unit, leaves)
     return flat.numel() * flat.element_size()
 
 
@@ -181,7 +182,8 @@ def need_bytes(checkpoint: Checkpoint, unit: Unit) -> int:
     return checkpoint.need_bytes(unit[0].name, sum(stop - start for _, start, stop in unit))
 
 
-def _nbytes(checkpoint: Checkpoint, unit: Unit) -> int:
+def unit_nbytes(checkpoint: Checkpoint, unit: Unit) -> int:
+    """The bytes of a unit as written."""
     return sum(stop - start for _, start, stop in unit) * checkpoint.specs[unit[0].name].dtype.itemsize
 
 
@@ -190,13 +192,14 @@ def _entry(unit: Sequence[Span]) -> tuple[str, int, int]:
     return unit[0].name, unit[0].start, unit[-1].stop
 
 
-def _kept(writer: SafetensorsWriter, unit: Unit, journal: Journal | None, leaves: Leaves) -> bool:
+def kept(writer: SafetensorsWriter, unit: Unit, journal: Journal | None, leaves: Leaves) -> bool:
     """Whether an earlier run wrote a unit and it is whole; then its hashes are noted."""
     if journal is None or _entry(unit) not in journal.done:
         return False
     flat = torch.cat([writer.read_back(*span) for span in unit])
     noted: Leaves = {span.name: {} for span in unit}
-    if _note(unit, flat, noted) != journal.done[_entry(unit)]:
+    _hash(unit, flat, noted)
+    if _root(unit, noted) != journal.done[_entry(unit)]:
         return False
     for name, start, stop in unit:
         writer.accept(name, stop - start)
@@ -204,11 +207,18 @@ def _kept(writer: SafetensorsWriter, unit: Unit, journal: Journal | None, leaves
     return True
 
 
-def _note(unit: Unit, flat: Tensor, leaves: Leaves) -> str:
-    """Note the hashes of a unit's leaves; returns that of all of them."""
-    data, size, at, found = element_bytes(flat), flat.element_size(), 0, []
+def note(journal: Journal, unit: Unit, leaves: Leaves) -> None:
+    """Note in the journal that a unit is written, with the hash of its leaves."""
+    journal.add(*_entry(unit), _root(unit, leaves))
+
+
+def _root(unit: Unit, leaves: Leaves) -> str:
+    return root_hash([leaves[name][leaf] for name, start, stop in unit for leaf in range(start // LEAF, -(-stop // LEAF))])
+
+
+def _hash(unit: Unit, flat: Tensor, leaves: Leaves) -> None:
+    """Add the hashes of a unit's leaves."""
+    data, size, at = element_bytes(flat), flat.element_size(), 0
     for name, start, stop in unit:
         hashes = leaf_hashes(data[at : (at := at + (stop - start) * size)], size)
         leaves[name].update(enumerate(hashes, start // LEAF))
-        found += hashes
-    return root_hash(found)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +31,8 @@ class SafetensorsWriter:
     """The files of one layout, at their full size from the start; chunks of tensors are written in any order.
 
     As a context manager it finishes at the end, or removes its files if the body raises; with ``resume`` it leaves them,
-    and takes up files that an earlier run left.
+    and takes up files that an earlier run left.  With ``only`` it is a helper of the writer that made the files: it opens those
+    of these tensors, and neither makes, finishes nor removes any.
     """
 
     def __init__(
@@ -42,13 +43,15 @@ class SafetensorsWriter:
         max_shard_bytes: int = MAX_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
         resume: bool = False,
+        only: Collection[str] | None = None,
     ) -> None:
         """Create the files: ``model.safetensors``, or shards of at most ``max_shard_bytes`` (if tensors are no larger).
 
-        Raises DiskFullError if they have no room, and OutputError if they exist or a tensor cannot be stored.
+        Raises DiskFullError if they have no room, and OutputError if they exist, if a tensor cannot be stored, or if with
+        ``only`` they are not there.
         """
         self._folder = Path(folder)
-        self._resume = resume
+        self._resume, self._only = resume, only
         self._layout = dict(layout)
         self._shards = plan_shards(layout, max_shard_bytes, {"format": "pt"} if metadata is None else metadata)
         self._shard_of = {name: shard for shard in self._shards for name in shard.begins}
@@ -56,11 +59,15 @@ class SafetensorsWriter:
         self._lock = threading.Lock()
         self._fds: dict[str, int] = {}
         self._made: list[Path] = []
-        there = sum(path.stat().st_size for shard in self._shards if (path := self._folder / shard.file).exists())
-        require_space(self._folder, sum(shard.nbytes for shard in self._shards) - there)
+        if only is None:
+            there = sum(path.stat().st_size for shard in self._shards if (path := self._folder / shard.file).exists())
+            require_space(self._folder, sum(shard.nbytes for shard in self._shards) - there)
         try:
             for shard in self._shards:
-                self._create(shard)
+                if only is None:
+                    self._create(shard)
+                elif not shard.begins.keys().isdisjoint(only):
+                    self._open(shard)
         except BaseException:
             self.discard()
             raise
@@ -112,7 +119,7 @@ class SafetensorsWriter:
         Raises OutputError if a tensor was not written in full.
         """
         for name, spec in self._layout.items():
-            if self._fds and self._written[name] < spec.numel:
+            if self._fds and self._only is None and self._written[name] < spec.numel:
                 raise OutputError(
                     f"{self._folder}: only {self._written[name]} of {spec.numel} elements of {name!r} were written"
                 )
@@ -120,7 +127,7 @@ class SafetensorsWriter:
             if shard.file in self._fds:
                 with explained(self._folder / shard.file, shard.nbytes):
                     os.fsync(self._fds[shard.file])
-        if len(self._shards) > 1 and self._fds:
+        if len(self._shards) > 1 and self._fds and self._only is None:
             self._write_index()
         self._close()
 
@@ -167,6 +174,13 @@ class SafetensorsWriter:
             os.ftruncate(fd, shard.nbytes)
             _reserve(fd, shard.nbytes)
         self._write(shard, memoryview(shard.header), 0)
+
+    def _open(self, shard: Shard) -> None:
+        path = self._folder / shard.file
+        if not path.exists():
+            raise OutputError(f"{path}: is not there. Several machines write into a folder only on a disk that they all share.")
+        with explained(path):
+            self._fds[shard.file] = os.open(path, os.O_RDWR)
 
     def _write(self, shard: Shard, view: memoryview, offset: int) -> None:
         done = 0

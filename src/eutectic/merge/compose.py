@@ -111,6 +111,10 @@ class Composed(Checkpoint):
         self._below, self.donor, self.layers, self.tokenizer, self.mixture = build(self.inputs)
         self.origin, self.files = self._below.origin, self._below.files
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is for reading: what only viewing and saving need stays here."""
+        return self.__dict__ | {"_build": None, "tokenizer": None, "mixture": None}
+
     @property
     def specs(self) -> Layout:
         """Of the result."""

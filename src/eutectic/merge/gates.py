@@ -18,15 +18,14 @@ threads matter.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.base import Checkpoint
+from eutectic.checkpoint.base import Checkpoint, Turn
 from eutectic.checkpoint.spec import Layout, TensorSpec
 from eutectic.errors import NonFiniteError, RecipeError
 from eutectic.methods._native import random_uint32
@@ -59,7 +58,7 @@ class Gates(Checkpoint):
     def __init__(self, names: Mapping[str, Rows], width: int, make: Callable[[], Tensor]) -> None:
         """``make`` gives ``[layers, rows, width]``; it is called once, or again if it raised."""
         self._names, self._make, self._made = dict(names), make, list[Tensor]()
-        self._lock = threading.Lock()
+        self._lock = Turn()
         self._specs = {name: TensorSpec((at.last - at.first, width), torch.float32) for name, at in self._names.items()}
         self.origin = "gates"
 
@@ -67,6 +66,11 @@ class Gates(Checkpoint):
     def specs(self) -> Layout:
         """Name → ``[rows, width]``."""
         return self._specs
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has them made, and cannot make them."""
+        self.make()
+        return self.__dict__ | {"_make": None}
 
     def make(self) -> None:
         """Make them now."""

@@ -25,6 +25,7 @@ from eutectic.checkpoint.tokenizer import VOCABULARY_FILES
 from eutectic.checkpoint.writer import MAX_SHARD_BYTES
 from eutectic.errors import CheckpointError, RecipeError
 from eutectic.merge._memory import keep_freed_memory
+from eutectic.merge.cluster import save_tensors as save_on_cluster
 from eutectic.merge.compose import Composed, Outcome
 from eutectic.merge.plan import plan
 from eutectic.merge.recipe import AnyRecipe, Dtype, OverrideModel, Recipe
@@ -106,6 +107,7 @@ def save(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     threads: int | None = None,
     memory_bytes: int | None = None,
+    cluster: str | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Write any checkpoint as a Hugging Face folder, whole or not at all.
@@ -113,9 +115,11 @@ def save(
     Beside the weights go the base's config and tokenizer files, a model card (``README.md``) with recipe and citation, and
     ``eutectic.json``: recipe, its hash, hashes of inputs and output, versions.  A run that was killed or stopped is carried on
     by the same call, if the inputs are files.  The whole process takes at most ``memory_bytes``, see ``plan``; ``threads`` is
-    the number of processors by default.
+    the number of processors by default.  With ``cluster``, the address of a Ray cluster, its machines do the work, and
+    ``memory_bytes`` is for each of their processes: see ``merge.cluster``.
     Raises OutputError if ``out`` exists and ``replace`` is not set, BudgetError, DiskFullError, NonFiniteError; then nothing is
-    left behind, but for a disk that fills up half-way: what was written stays beside ``out``, for the same call to carry on.
+    left behind, but for a disk that fills up half-way, or machines that are lost (ClusterError): what was written stays beside
+    ``out``, for the same call to carry on.
     """
     out, budget_bytes = Path(out), math.inf
     threads = threads or len(os.sched_getaffinity(0))
@@ -124,7 +128,7 @@ def save(
             recipe = recipe or recipe_of(checkpoint)
         checkpoint = checkpoint.through(Hashed)
         sources = checkpoint.inputs
-        budget_bytes = plan(checkpoint, memory_bytes, threads).work_bytes
+        budget_bytes = plan(checkpoint, memory_bytes, threads if cluster is None else 1).work_bytes
     else:
         sources = {"source": checkpoint}
     with resumable(out, _key(checkpoint, recipe, max_shard_bytes), replace=replace, inputs=_precious(checkpoint)) as (
@@ -135,15 +139,11 @@ def save(
         _write_side_files(checkpoint, donor, folder)
         keep_freed_memory()
         with one_torch_thread():
-            hashes = save_tensors(
-                checkpoint,
-                folder,
-                max_shard_bytes=max_shard_bytes,
-                threads=threads,
-                budget_bytes=budget_bytes,
-                journal=journal,
-                progress=progress,
-            )
+            options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "journal": journal, "progress": progress}
+            if cluster is None:
+                hashes = save_tensors(checkpoint, folder, threads=threads, budget_bytes=budget_bytes, **options)
+            else:
+                hashes = save_on_cluster(checkpoint, folder, address=cluster, memory_bytes=memory_bytes, **options)
         about: dict[str, Any] = {"versions": record.versions(), "inputs": _inputs(sources), "blake3": hashes}
         if recipe is not None:
             about |= {"recipe": recipe.as_data(), "recipe_sha256": recipe.sha256()}

@@ -6,7 +6,6 @@ import collections
 import fnmatch
 import json
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.aligned import vocabulary_tensors
-from eutectic.checkpoint.base import Checkpoint, Span, Spread
+from eutectic.checkpoint.base import Checkpoint, Span, Spread, Turn
 from eutectic.checkpoint.hashed import LEAF
 from eutectic.checkpoint.spec import Layout, TensorSpec, require_same_layout
 from eutectic.errors import LayoutError, NonFiniteError, ParameterError, RecipeError
@@ -103,7 +102,7 @@ class Merged(Checkpoint):
         self.chunk = chunk
         self._methods: dict[str, Method] = {}
         self._stats: dict[Where, Any] = {}
-        self._turn = threading.RLock()
+        self._turn = Turn()
         main = build(method, parameters or {})
         self._require_count(main)
         reference = base or next(iter(self.experts.values()))
@@ -124,8 +123,19 @@ class Merged(Checkpoint):
             for name, spec in reference.specs.items()
         }
         self._keys = self._parameters_by_tensor()
-        for key in set(self._keys.values()):
-            self._methods[key] = build(method, json.loads(key))
+        self._build_methods()
+
+    def _build_methods(self) -> None:
+        self._methods = {key: build(self.method, json.loads(key)) for key in set(self._keys.values())}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has what was measured, and builds the methods by itself: functions in functions cannot be pickled."""
+        return self.__dict__ | {"_methods": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Build the methods."""
+        self.__dict__ |= state
+        self._build_methods()
 
     def _require_count(self, method: Method) -> None:
         least, most = method.experts

@@ -57,7 +57,7 @@ def widen(x: Tensor, minus: Tensor | None, out: Tensor) -> bool:
 
 def narrow(x: Tensor, base: Tensor | None, out: Tensor) -> bool:
     """``out = x + base``, or x, rounded to out's dtype; where x is 0, the base as it is.  Returns whether all is finite."""
-    if _compiled(x) and out.dtype in _NAMES:
+    if LIBRARY and _fits(x) and out.dtype in _NAMES:
         run = getattr(LIBRARY, f"eutectic_narrow_{_NAMES[out.dtype]}")
         return bool(run(x.data_ptr(), _pointer(base), out.data_ptr(), x.numel()))
     out.copy_(x if base is None else torch.where(x == 0, base, x + base))
@@ -89,7 +89,7 @@ def count_low(bits: Tensor, high: int, counts: Tensor) -> None:
 
 def band(x: Tensor, least: int, most: int = 0x7FFFFFFF) -> Tensor:
     """``x`` where the bits of its magnitude lie in ``least … most``, else 0."""
-    if _compiled(x):
+    if LIBRARY and _fits(x):
         out = torch.empty_like(x)
         LIBRARY.eutectic_band(x.data_ptr(), x.numel(), least, most, out.data_ptr())
         return out
@@ -99,7 +99,7 @@ def band(x: Tensor, least: int, most: int = 0x7FFFFFFF) -> Tensor:
 
 def agree(x_K: Tensor, weights: Sequence[float] | None) -> Tensor:
     """Of ``[K, …]``, the entries that agree in sign with the sum of all: Σ w x / Σ |w|, without weights the mean; 0 if none."""
-    if _compiled(x_K):
+    if LIBRARY and _fits(x_K):
         out = torch.empty_like(x_K[0])
         w_K = None if weights is None else torch.tensor(weights, dtype=torch.float32)
         LIBRARY.eutectic_agree(x_K.data_ptr(), len(x_K), out.numel(), _pointer(w_K), out.data_ptr())
@@ -114,7 +114,7 @@ def agree(x_K: Tensor, weights: Sequence[float] | None) -> Tensor:
 
 def spread(x_K: Tensor) -> Tensor:
     """Σ (x − mean)² over the experts, rounded from float64 to float32: equal ones tie, in whatever order the experts come."""
-    if _compiled(x_K):
+    if LIBRARY and _fits(x_K):
         out = torch.empty_like(x_K[0])
         LIBRARY.eutectic_spread(x_K.data_ptr(), len(x_K), out.numel(), out.data_ptr())
         return out
@@ -126,7 +126,7 @@ def spread(x_K: Tensor) -> Tensor:
 def dots(x: Tensor, y: Tensor) -> Tensor:
     """Σ x y over blocks of 4,096 entries, float64 ``[⌈n / 4096⌉]``; halves of what is left are added until one is."""
     blocks = -(-x.numel() // 4096)
-    if _compiled(x) and _compiled(y):
+    if LIBRARY and _fits(x) and _fits(y):
         out = torch.empty(blocks, dtype=torch.float64)
         LIBRARY.eutectic_dots(x.data_ptr(), y.data_ptr(), x.numel(), out.data_ptr())
         return out
@@ -155,7 +155,7 @@ def random_uint32(key: tuple[int | str, ...], start: int, n: int) -> np.ndarray:
 
 def toss(x: Tensor, coins: np.ndarray, p: float) -> Tensor:
     """``x / p`` where the entry's coin, of probability p, says so; else 0."""
-    if _compiled(x):
+    if LIBRARY and _fits(x):
         out = torch.empty_like(x)
         threshold = math.ceil(p * 2.0**32)
         LIBRARY.eutectic_toss(x.data_ptr(), coins.ctypes.data, x.numel(), threshold, p, out.data_ptr())
@@ -169,7 +169,7 @@ def magprune(x: Tensor, coins: np.ndarray, least: float, step: float) -> Tensor:
 
     Rank 0 is the smallest; equal magnitudes rank by their place.
     """
-    if _compiled(x):
+    if LIBRARY and _fits(x):
         out = torch.empty_like(x)
         if LIBRARY.eutectic_magprune(x.data_ptr(), coins.ctypes.data, *x.shape, least, step, out.data_ptr()):
             return out
@@ -179,8 +179,8 @@ def magprune(x: Tensor, coins: np.ndarray, least: float, step: float) -> Tensor:
     return torch.where(keep, x / p.to(x.dtype), 0)
 
 
-def _compiled(x: Tensor) -> bool:
-    return LIBRARY is not None and x.dtype == torch.float32 and x.is_contiguous()
+def _fits(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_contiguous()
 
 
 def _pointer(x: Tensor | None) -> int | None:
