@@ -64,6 +64,7 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an existing folder.")] = False,
     compat: CompatOption = None,
     memory: MemoryOption = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Take NaN and Inf of inputs from the base, and count them.")] = False,
     cluster: Annotated[
         str | None,
         typer.Option(
@@ -84,7 +85,9 @@ def merge(
         print(f"note: one expert only; {merged.method} scales or copies it", file=sys.stderr)
     with _bar() as progress:
         limit = bytes_of(memory) if memory else None
-        run.save(merged, out, replace=force, recipe=parsed, memory_bytes=limit, cluster=cluster, progress=progress)
+        run.save(
+            merged, out, replace=force, recipe=parsed, memory_bytes=limit, repair=repair, cluster=cluster, progress=progress
+        )
     for note in merged.mixture.found if isinstance(merged, Composed) and merged.mixture else ():
         print(f"note: {note}", file=sys.stderr)
     print(f"{out}: {merged.method} of {len(merged.experts)} expert(s)")

@@ -19,7 +19,7 @@ from eutectic.checkpoint.hashed import fingerprint
 from eutectic.errors import DiskFullError, LayoutError, NonFiniteError, OutputError
 from eutectic.merge import api
 from eutectic.merge.recipe import Recipe, parse
-from eutectic.merge.run import merged_from, save
+from eutectic.merge.run import merged_from, save, verify
 
 
 def provenance(folder):
@@ -268,3 +268,21 @@ def test_progress_ends_at_the_end(models, tmp_path):
     merging = [(done, total) for what, done, total in steps if what == "merging"]
     assert merging[-1][0] == merging[-1][1] == 60 * 4 + 5 * 8
     assert merging == sorted(merging)
+
+
+def test_repair_takes_what_is_not_finite_from_the_base_and_counts_it(tmp_path):
+    base = {"w": torch.arange(6.0), "v": torch.ones(3)}
+    a, b = ({key: value + 1 for key, value in base.items()} for _ in range(2))
+    a["w"][1], a["w"][4], b["w"][4] = float("nan"), float("inf"), float("-inf")
+    base["v"][0] = float("nan")
+    merged = api.merge("ties", base, {"a": a, "b": b}, density=1.0)
+    with pytest.raises(NonFiniteError):
+        save(merged, tmp_path / "refused")
+    out = save(merged, tmp_path / "out", repair=True)
+    found = api.open(out)
+    assert torch.equal(found.read("w"), torch.tensor([1.0, 2.0, 3.0, 4.0, 4.0, 6.0]))
+    assert torch.equal(found.read("v"), torch.full((3,), 2.0))
+    about = json.loads((out / "eutectic.json").read_text())
+    assert about["repaired"] == {"base": {"v": 1}, "experts.a": {"w": 2}, "experts.b": {"w": 1}}
+    assert about["norms"]["w"] == pytest.approx(found.read("w").norm().item())
+    assert verify(out) == []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, final
 
 from blake3 import blake3
 from torch import Tensor
@@ -14,7 +14,15 @@ from eutectic.checkpoint.spec import Layout
 #: Elements of a leaf.  Those that lie within a read as a whole are hashed as they pass.
 LEAF = 1 << 18
 
-Leaves = dict[str, dict[int, bytes]]  # tensor → place of a leaf → its hash
+
+class Leaf(NamedTuple):
+    """The hash of a leaf, and the sum of its squares where that was asked for."""
+
+    digest: bytes
+    square: float = 0.0
+
+
+Leaves = dict[str, dict[int, Leaf]]  # tensor → place of a leaf → its hash
 
 
 @final
@@ -90,7 +98,7 @@ class Hashed(Checkpoint):
         """The hashes of the leaves that have passed."""
         return {name: found for name, found in self._leaves.items() if found}
 
-    def absorb(self, leaves: Mapping[str, Mapping[int, bytes]]) -> None:
+    def absorb(self, leaves: Mapping[str, Mapping[int, Leaf]]) -> None:
         """Note what passed through a copy elsewhere, as if it had passed here."""
         for name, found in leaves.items():
             self._leaves[name].update(found)
@@ -104,15 +112,15 @@ class Hashed(Checkpoint):
         self._below.close()
 
 
-def leaf_hashes(data: memoryview, size: int) -> list[bytes]:
+def leaf_hashes(data: memoryview, size: int) -> list[Leaf]:
     """The hashes of the leaves of a chunk that begins at a leaf's beginning, of its bytes and those of an element."""
     step = LEAF * size
-    return [blake3(data[at : at + step]).digest() for at in range(0, len(data), step)]
+    return [Leaf(blake3(data[at : at + step]).digest()) for at in range(0, len(data), step)]
 
 
-def root_hash(leaves: list[bytes]) -> str:
+def root_hash(leaves: Iterable[Leaf]) -> str:
     """The hash of a tensor from those of its leaves, in order."""
-    return blake3(b"".join(leaves)).hexdigest()
+    return blake3(b"".join(leaf.digest for leaf in leaves)).hexdigest()
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

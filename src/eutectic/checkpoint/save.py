@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,8 +63,8 @@ def save_tensors(
     budget_bytes: float = float("inf"),
     progress: Progress = silent,
     journal: Journal | None = None,
-) -> dict[str, str]:
-    """Write any checkpoint, chunk by chunk, as safetensors files into an existing folder; returns each tensor's hash.
+) -> Leaves:
+    """Write any checkpoint, chunk by chunk, as safetensors files into an existing folder; returns its leaves' hashes.
 
     At most ``threads`` chunks are in memory, and fewer if they would need more than ``budget_bytes``.  ``progress`` is called
     from this thread, in bytes; if it raises, the save stops.  Whatever is raised, no file is left, unless a ``journal`` is
@@ -105,7 +106,7 @@ def save_tensors(
             checkpoint.prepare(list(dict.fromkeys(span.name for unit in missing for span in unit)), measuring)
             for nbytes in spread(lambda unit: write_unit(checkpoint, writer, unit, leaves, journal, budget), missing):
                 report(nbytes)
-    return tensor_hashes(leaves)
+    return leaves
 
 
 def write_unit(
@@ -126,9 +127,14 @@ def write_unit(
     return flat.numel() * flat.element_size()
 
 
-def tensor_hashes(leaves: Mapping[str, Mapping[int, bytes]]) -> dict[str, str]:
+def tensor_hashes(leaves: Leaves) -> dict[str, str]:
     """Each tensor's hash, of those of its leaves."""
-    return {name: root_hash([found[at] for at in sorted(found)]) for name, found in leaves.items()}
+    return {name: root_hash(found[at] for at in sorted(found)) for name, found in leaves.items()}
+
+
+def tensor_norms(leaves: Leaves) -> dict[str, float]:
+    """Each tensor's norm, of its leaves' sums of squares; 0 for integers."""
+    return {name: math.sqrt(math.fsum(leaf.square for leaf in found.values())) for name, found in leaves.items()}
 
 
 @contextmanager
@@ -220,5 +226,15 @@ def _hash(unit: Unit, flat: Tensor, leaves: Leaves) -> None:
     """Add the hashes of a unit's leaves."""
     data, size, at = element_bytes(flat), flat.element_size(), 0
     for name, start, stop in unit:
-        hashes = leaf_hashes(data[at : (at := at + (stop - start) * size)], size)
-        leaves[name].update(enumerate(hashes, start // LEAF))
+        hashes = leaf_hashes(data[at * size : (at + stop - start) * size], size)
+        parts = flat[at : (at := at + stop - start)].split(LEAF) if stop > start else ()
+        found = [leaf._replace(square=_square(part)) for leaf, part in zip(hashes, parts, strict=True)]
+        leaves[name].update(enumerate(found, start // LEAF))
+
+
+def _square(x: Tensor) -> float:
+    """Σ x² in float32 (float64 for float64), 0 for integers."""
+    if not x.dtype.is_floating_point:
+        return 0.0
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return float(torch.linalg.vector_norm(x.float() if x.itemsize == 1 else x, dtype=wide)) ** 2

@@ -5,14 +5,14 @@ A view owns what it looks at: closing the view closes that too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import final
 
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.base import Checkpoint
+from eutectic.checkpoint.base import Checkpoint, Spread
 from eutectic.checkpoint.spec import Layout, require_same_layout
 from eutectic.errors import CheckpointError, did_you_mean
 
@@ -169,3 +169,58 @@ class Lerp(Checkpoint):
         """Close both."""
         self._a.close()
         self._b.close()
+
+
+#: entries that are counted together
+_BLOCK = 1 << 18
+
+
+@final
+class Repaired(Checkpoint):
+    """The same tensors with a finite number wherever there is a NaN or Inf: the reference's, or 0 where that has none."""
+
+    def __init__(self, checkpoint: Checkpoint, reference: Checkpoint) -> None:
+        """``reference`` is not closed with it; a tensor that it lacks, or has in another size, is repaired by 0."""
+        self._below, self._reference, self.origin = checkpoint, reference, checkpoint.origin
+        self.files, self.durable = checkpoint.files, checkpoint.durable
+        self._found: dict[tuple[str, int], int] = {}
+
+    @property
+    def specs(self) -> Layout:
+        """As below."""
+        return self._below.specs
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        flat = self._below._read(name, start, stop)
+        wide = flat.float() if flat.itemsize == 1 else flat
+        if not flat.dtype.is_floating_point or torch.isfinite(wide).all():
+            return flat
+        odd = ~torch.isfinite(wide)
+        blocks, counts = torch.unique((odd.nonzero()[:, 0] + start) // _BLOCK, return_counts=True)
+        for block, count in zip(blocks.tolist(), counts.tolist(), strict=True):
+            # a block is read in whole at least once, and perhaps in parts
+            self._found[name, block] = max(count, self._found.get((name, block), 0))
+        spec = self._reference.specs.get(name)
+        same = spec is not None and spec.numel == self.specs[name].numel and self._below is not self._reference
+        other = self._reference._read(name, start, stop) if same else torch.zeros(1)
+        other = torch.nan_to_num(other.to(wide.dtype), nan=0.0, posinf=0.0, neginf=0.0)
+        return torch.where(odd, other, wide).to(flat.dtype)
+
+    def counts(self) -> dict[str, int]:
+        """Tensor → how many entries were not finite among those that were read; tensors without any are left out."""
+        found: dict[str, int] = {}
+        for (name, _), count in self._found.items():
+            found[name] = found.get(name, 0) + count
+        return found
+
+    def prepare(self, names: Sequence[str], spread: Spread = map) -> None:
+        """As below."""
+        self._below.prepare(names, spread)
+
+    def need_bytes(self, name: str, n: int) -> int:
+        """Below's, the reference's elements, and a copy in float32."""
+        return 2 * self._below.need_bytes(name, n) + 8 * n
+
+    def close(self) -> None:
+        """Close the checkpoint below."""
+        self._below.close()

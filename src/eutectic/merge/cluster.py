@@ -21,7 +21,7 @@ from eutectic import record
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.hashed import Hashed, Leaves
 from eutectic.checkpoint.publish import Journal
-from eutectic.checkpoint.save import Progress, Unit, kept, note, silent, tensor_hashes, unit_nbytes, units, write_unit
+from eutectic.checkpoint.save import Progress, Unit, kept, note, silent, unit_nbytes, units, write_unit
 from eutectic.checkpoint.spec import layout_nbytes
 from eutectic.checkpoint.writer import MAX_SHARD_BYTES, SafetensorsWriter
 from eutectic.errors import BudgetError, CheckpointError, ClusterError, EutecticError, MissingDependencyError
@@ -48,7 +48,7 @@ def save_tensors(
     memory_bytes: int | None = None,
     progress: Progress = silent,
     journal: Journal | None = None,
-) -> dict[str, str]:
+) -> Leaves:
     """As ``checkpoint.save.save_tensors``, for a merge of files that are ``Hashed``, on the cluster at ``address``.
 
     ``address`` is Ray's: ``auto`` for the cluster that this machine belongs to, ``local`` for one that ends with this call.  A
@@ -81,7 +81,7 @@ def save_tensors(
                         note(journal, unit, leaves)
                     done += unit_nbytes(checkpoint, unit)
                 progress("merging", done, total)
-    return tensor_hashes(leaves)
+    return leaves
 
 
 def _groups(checkpoint: Checkpoint, missing: Sequence[Unit], tasks: int) -> list[list[Unit]]:

@@ -20,10 +20,11 @@ from eutectic.checkpoint.chat import write_chat_template
 from eutectic.checkpoint.folder import copy_side_files, model_card, open_path, provenance
 from eutectic.checkpoint.hashed import Hashed
 from eutectic.checkpoint.publish import resumable
-from eutectic.checkpoint.save import Progress, save_tensors, silent
+from eutectic.checkpoint.save import Progress, save_tensors, silent, tensor_hashes, tensor_norms
 from eutectic.checkpoint.tokenizer import VOCABULARY_FILES
+from eutectic.checkpoint.views import Repaired
 from eutectic.checkpoint.writer import MAX_SHARD_BYTES
-from eutectic.errors import CheckpointError, RecipeError
+from eutectic.errors import CheckpointError, ParameterError, RecipeError
 from eutectic.merge._memory import keep_freed_memory
 from eutectic.merge.cluster import save_tensors as save_on_cluster
 from eutectic.merge.compose import Composed, Outcome
@@ -108,6 +109,7 @@ def save(
     threads: int | None = None,
     memory_bytes: int | None = None,
     cluster: str | None = None,
+    repair: bool = False,
     progress: Progress = silent,
 ) -> Path:
     """Write any checkpoint as a Hugging Face folder, whole or not at all.
@@ -116,22 +118,30 @@ def save(
     ``eutectic.json``: recipe, its hash, hashes of inputs and output, versions.  A run that was killed or stopped is carried on
     by the same call, if the inputs are files.  The whole process takes at most ``memory_bytes``, see ``plan``; ``threads`` is
     the number of processors by default.  With ``cluster``, the address of a Ray cluster, its machines do the work, and
-    ``memory_bytes`` is for each of their processes: see ``merge.cluster``.
+    ``memory_bytes`` is for each of their processes: see ``merge.cluster``.  With ``repair``, entries of an input that are
+    NaN or Inf are taken from the base (without one, the first expert), and as 0 in that itself; ``eutectic.json`` counts them.
     Raises OutputError if ``out`` exists and ``replace`` is not set, BudgetError, DiskFullError, NonFiniteError; then nothing is
     left behind, but for a disk that fills up half-way, or machines that are lost (ClusterError): what was written stays beside
     ``out``, for the same call to carry on.
     """
     out, budget_bytes = Path(out), math.inf
+    repaired: dict[str, Repaired] = {}
     threads = threads or len(os.sched_getaffinity(0))
     if isinstance(checkpoint, (Merged, Composed)):
         if isinstance(checkpoint, Merged):
             recipe = recipe or recipe_of(checkpoint)
         checkpoint = checkpoint.through(Hashed)
         sources = checkpoint.inputs
+        if repair:
+            if cluster is not None:
+                raise ParameterError("repairing counts what it finds, on one machine: leave out `cluster` or `repair`")
+            reference = next(iter(sources.values()))
+            checkpoint = checkpoint.through(lambda input_: Repaired(input_, reference))
+            repaired = {name: view for name, view in checkpoint.inputs.items() if isinstance(view, Repaired)}
         budget_bytes = plan(checkpoint, memory_bytes, threads if cluster is None else 1).work_bytes
     else:
         sources = {"source": checkpoint}
-    with resumable(out, _key(checkpoint, recipe, max_shard_bytes), replace=replace, inputs=_precious(checkpoint)) as (
+    with resumable(out, _key(checkpoint, recipe, max_shard_bytes, repair), replace=replace, inputs=_precious(checkpoint)) as (
         folder,
         journal,
     ):
@@ -141,10 +151,13 @@ def save(
         with one_torch_thread():
             options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "journal": journal, "progress": progress}
             if cluster is None:
-                hashes = save_tensors(checkpoint, folder, threads=threads, budget_bytes=budget_bytes, **options)
+                leaves = save_tensors(checkpoint, folder, threads=threads, budget_bytes=budget_bytes, **options)
             else:
-                hashes = save_on_cluster(checkpoint, folder, address=cluster, memory_bytes=memory_bytes, **options)
-        about: dict[str, Any] = {"versions": record.versions(), "inputs": _inputs(sources), "blake3": hashes}
+                leaves = save_on_cluster(checkpoint, folder, address=cluster, memory_bytes=memory_bytes, **options)
+        about: dict[str, Any] = {"versions": record.versions(), "inputs": _inputs(sources)}
+        about |= {"blake3": tensor_hashes(leaves), "norms": tensor_norms(leaves)}
+        if repair:
+            about["repaired"] = {name: view.counts() for name, view in repaired.items()}
         if recipe is not None:
             about |= {"recipe": recipe.as_data(), "recipe_sha256": recipe.sha256()}
             (folder / "README.md").write_text(_card(out.name, recipe, checkpoint, sources), encoding="utf-8")
@@ -200,7 +213,7 @@ def _precious(checkpoint: Checkpoint) -> set[Path]:
     return {file.parent if any((file.parent / name).exists() for name in owned) else file for file in checkpoint.files}
 
 
-def _key(checkpoint: Checkpoint, recipe: AnyRecipe | None, max_shard_bytes: int) -> str:
+def _key(checkpoint: Checkpoint, recipe: AnyRecipe | None, max_shard_bytes: int, repair: bool) -> str:
     """What an unfinished output must agree in to be carried on; inputs that are no files are never the same twice."""
     read = list(checkpoint.files)
     if isinstance(checkpoint, Composed):  # where a row comes from may depend on these
@@ -211,7 +224,7 @@ def _key(checkpoint: Checkpoint, recipe: AnyRecipe | None, max_shard_bytes: int)
     identity = files if all(leaf.durable for leaf in leaves) else secrets.token_hex(16)
     said = recipe.canonical_json() if recipe else ""
     layout = dict(checkpoint.specs)
-    return hashlib.sha256(repr((identity, said, layout, max_shard_bytes, record.versions())).encode()).hexdigest()
+    return hashlib.sha256(repr((identity, said, layout, max_shard_bytes, repair, record.versions())).encode()).hexdigest()
 
 
 def _inputs(sources: Mapping[str, Checkpoint]) -> dict[str, dict[str, str]]:
