@@ -213,7 +213,7 @@ def _precious(checkpoint: Checkpoint) -> set[Path]:
     return {file.parent if any((file.parent / name).exists() for name in owned) else file for file in checkpoint.files}
 
 
-def _key(checkpoint: Checkpoint, recipe: AnyRecipe | None, max_shard_bytes: int, repair: bool) -> str:
+def _key(checkpoint: Checkpoint, recipe: AnyRecipe | None, max_shard_bytes: int, repair: bool = False) -> str:
     """What an unfinished output must agree in to be carried on; inputs that are no files are never the same twice."""
     read = list(checkpoint.files)
     if isinstance(checkpoint, Composed):  # where a row comes from may depend on these
