@@ -21,6 +21,7 @@ from eutectic.checkpoint.spec import Layout, TensorSpec, require_same_layout
 from eutectic.errors import LayoutError, NonFiniteError
 from eutectic.merge.gates import Gates, Rows, gaussian
 from eutectic.merge.slices import place_of
+from eutectic.methods._native import finite
 
 _STACK = "model.layers"
 _MLP = tuple(f"mlp.{part}.weight" for part in ("gate_proj", "up_proj", "down_proj"))
@@ -174,7 +175,7 @@ class Upcycled(Checkpoint):
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         source, dtype = self._sources[name], self._specs[name].dtype
         x = source.checkpoint.read_flat(source.name, start, stop)
-        if not _is_finite(x):
+        if not finite(x):
             raise NonFiniteError(f"{source.checkpoint.origin}: holds a NaN or Inf in {source.name!r}; repair or drop it")
         if source.noise or source.scale != 1:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -182,7 +183,7 @@ class Upcycled(Checkpoint):
                 wide = wide + source.noise * gaussian((_SEED, "noise", name), start, stop - start)
             x = wide * source.scale
         result = x.to(dtype)
-        if not _is_finite(result):
+        if not finite(result):
             raise NonFiniteError(f"{name!r} overflows {dtype}; choose a wider dtype, less noise or a smaller scale")
         return result
 
@@ -259,8 +260,3 @@ def _layer(
 def _part(expert: Expert, index: int, old: str) -> _Source:
     scale = expert.scale if old == _MLP[2] else 1.0
     return _Source(expert.checkpoint, f"{_STACK}.{index}.{old}", expert.noise, scale)
-
-
-def _is_finite(x: Tensor) -> bool:
-    # one cheap sum finds any NaN or Inf; only if it is odd do we look closely (a sum of finite numbers may overflow)
-    return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x.float() if x.itemsize == 1 else x).all())
