@@ -9,7 +9,7 @@ import math
 import platform
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,13 @@ def load(path: Path) -> Iterator[Record]:
                 raise EutecticError(f"{path}, line {number}: not a record: {error}") from error
 
 
-def versions() -> dict[str, str]:
-    """Versions of whatever can change a number: Eutectic, torch, Python and the machine's kind."""
-    found = {
-        name: _version(name) for name in ("eutectic", "torch", "transformers") if name == "eutectic" or name in sys.modules
-    }
+#: what a merge's bits depend on: not on what else a process happens to have imported
+ENGINE = ("eutectic", "torch")
+
+
+def versions(packages: Sequence[str] = (*ENGINE, "transformers")) -> dict[str, str]:
+    """Versions of whatever can change a number: those of the packages in use, Python's, and the machine's kind."""
+    found = {name: _version(name) for name in packages if name == "eutectic" or name in sys.modules}
     return found | {"python": platform.python_version(), "machine": platform.machine()}
 
 

@@ -242,7 +242,7 @@ def test_an_error_in_a_task_is_the_driver_s_and_leaves_nothing(ray, models, tmp_
 def test_machines_that_differ_or_are_too_small_are_refused(ray, models, tmp_path, monkeypatch):
     merged, recipe = opened(models, method="task_arithmetic")
     with monkeypatch.context() as patch:
-        patch.setattr(cluster.record, "versions", lambda: {"torch": "0.1"})
+        patch.setattr(cluster.record, "versions", lambda packages: {"torch": "0.1"})
         with pytest.raises(errors.ClusterError, match=r"has torch .*, where the merge was begun is 0\.1"):
             saved(merged, tmp_path / "out", recipe, cluster="auto")
     with monkeypatch.context() as patch:

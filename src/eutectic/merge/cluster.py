@@ -126,7 +126,7 @@ class _Cluster:
     def results(self, work: Work, parts: Sequence[Sequence[Any]]) -> Iterator[tuple[int, list[Any]]]:
         """What ``work`` makes of the items of each part, and the part's number, as they get ready."""
         errors = self._ray.exceptions
-        job = self._ray.put(Job(self._checkpoint, work, self._memory_bytes, record.versions()))
+        job = self._ray.put(Job(self._checkpoint, work, self._memory_bytes, record.versions(record.ENGINE)))
         self._pending = {self._run.remote(job, part): number for number, part in enumerate(parts)}
         while self._pending:
             (ref,), _ = self._ray.wait(list(self._pending), num_returns=1)
@@ -198,7 +198,7 @@ class Job(NamedTuple):
 
 def _run(job: Job, items: Sequence[Any]) -> tuple[list[Any], dict[str, Leaves]]:
     """What the work makes of the items, and the hashes of what was read for them, by input."""
-    here = record.versions()
+    here = record.versions(record.ENGINE)
     for name in here.keys() & job.versions.keys():
         if here[name] != job.versions[name]:
             raise ClusterError(

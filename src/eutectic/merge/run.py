@@ -154,7 +154,7 @@ def save(
                 leaves = save_tensors(checkpoint, folder, threads=threads, budget_bytes=budget_bytes, **options)
             else:
                 leaves = save_on_cluster(checkpoint, folder, address=cluster, memory_bytes=memory_bytes, **options)
-        about: dict[str, Any] = {"versions": record.versions(), "inputs": _inputs(sources)}
+        about: dict[str, Any] = {"versions": record.versions(record.ENGINE), "inputs": _inputs(sources)}
         about |= {"blake3": tensor_hashes(leaves), "norms": tensor_norms(leaves)}
         if repair:
             about["repaired"] = {name: view.counts() for name, view in repaired.items()}
@@ -223,8 +223,8 @@ def _key(checkpoint: Checkpoint, recipe: AnyRecipe | None, max_shard_bytes: int,
     leaves = checkpoint.inputs.values() if isinstance(checkpoint, (Merged, Composed)) else [checkpoint]
     identity = files if all(leaf.durable for leaf in leaves) else secrets.token_hex(16)
     said = recipe.canonical_json() if recipe else ""
-    layout = dict(checkpoint.specs)
-    return hashlib.sha256(repr((identity, said, layout, max_shard_bytes, repair, record.versions())).encode()).hexdigest()
+    layout, versions = dict(checkpoint.specs), record.versions(record.ENGINE)
+    return hashlib.sha256(repr((identity, said, layout, max_shard_bytes, repair, versions)).encode()).hexdigest()
 
 
 def _inputs(sources: Mapping[str, Checkpoint]) -> dict[str, dict[str, str]]:
