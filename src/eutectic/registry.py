@@ -37,6 +37,14 @@ def names(room: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def room_of(name: str) -> str:
+    """The room that has a method: ``methods`` for closed forms, ``fusion`` for what is fitted.  Raises UnknownNameError."""
+    known = {known: room for room in ("methods", "fusion") for known in names(room)}
+    if name not in known:
+        raise UnknownNameError(f"no method is called {name!r}.{did_you_mean(name, known)}")
+    return known[name]
+
+
 def get(room: str, name: str) -> Callable[..., Any]:
     """The registered object.  Raises UnknownNameError with the nearest name."""
     known = names(room)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eutectic.checkpoint.base import Checkpoint, Spread
 from eutectic.checkpoint.spec import Layout, require_same_layout
-from eutectic.errors import CheckpointError, did_you_mean
+from eutectic.errors import CheckpointError, LayoutError, did_you_mean
 
 
 @final
@@ -169,6 +169,54 @@ class Lerp(Checkpoint):
         """Close both."""
         self._a.close()
         self._b.close()
+
+
+@final
+class Masked(Checkpoint):
+    """θ₀ + m ⊙ (θ − θ₀), in θ₀'s dtypes and computed in float32 (float64 for float64): what a mask leaves of a change.
+
+    Tensors that the mask lacks are θ's.
+    """
+
+    def __init__(self, base: Checkpoint, changed: Checkpoint, mask: Checkpoint) -> None:
+        """Mask as tensors are read.  Raises LayoutError if θ does not fit θ₀, or a mask its tensor."""
+        require_same_layout(base.specs, changed.specs, base.origin, changed.origin, any_float=True)
+        for name, spec in mask.specs.items():
+            if base.spec(name).shape != spec.shape:
+                raise LayoutError(f"{mask.origin}: the mask of {name!r} is {spec}, the tensor {base.spec(name)}")
+        self.base, self.changed, self.mask = base, changed, mask
+        self.origin = f"{changed.origin} under {mask.origin}"
+        self.files = tuple(dict.fromkeys(mask.files + changed.files + base.files))
+
+    @property
+    def specs(self) -> Layout:
+        """As the base's."""
+        return self.base.specs
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        changed, dtype = self.changed._read(name, start, stop), self.specs[name].dtype
+        if name not in self.mask.specs:
+            return changed.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        base = self.base._read(name, start, stop).to(wide)
+        return torch.addcmul(base, self.mask._read(name, start, stop).to(wide), changed.to(wide).sub(base)).to(dtype)
+
+    def grain(self, name: str) -> int:
+        """As the change's."""
+        return self.changed.grain(name)
+
+    def prepare(self, names: Sequence[str], spread: Spread = map) -> None:
+        """As the change's."""
+        self.changed.prepare(names, spread)
+
+    def need_bytes(self, name: str, n: int) -> int:
+        """What the change takes, and five numbers an element."""
+        return self.changed.need_bytes(name, n) + 5 * n * max(4, self.specs[name].dtype.itemsize)
+
+    def close(self) -> None:
+        """Close all three."""
+        for checkpoint in (self.base, self.changed, self.mask):
+            checkpoint.close()
 
 
 #: entries that are counted together

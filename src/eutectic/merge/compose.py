@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eutectic.checkpoint.base import Checkpoint, Span, Spread
 from eutectic.checkpoint.spec import Layout
+from eutectic.checkpoint.views import Masked
 from eutectic.errors import LayoutError
 from eutectic.merge.slices import Origin
 from eutectic.merge.upcycle import Mixture
@@ -63,6 +64,7 @@ class Joined(Checkpoint):
 def merges_of(checkpoint: Checkpoint) -> list[Merged]:
     """The merges that a composition is made of, without those that these merge in turn."""
     parts = checkpoint.parts if isinstance(checkpoint, Joined) else [checkpoint]
+    parts = [part.changed if isinstance(part, Masked) else part for part in parts]
     return [part for part in parts if isinstance(part, Merged)]
 
 

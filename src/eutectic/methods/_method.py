@@ -193,7 +193,7 @@ def build_inner(wrapper: str, name: str, parameters: Mapping[str, Any] | None) -
 @functools.cache
 def signature_model(name: str) -> type[pydantic.BaseModel]:
     """The method's signature as a pydantic model: its schema for recipes, the command line and the documentation."""
-    factory = registry.get("methods", name)
+    factory = registry.get(registry.room_of(name), name)
     hints = typing.get_type_hints(factory, include_extras=True)
     fields: dict[str, Any] = {
         key: (hints[key], ... if parameter.default is inspect.Parameter.empty else parameter.default)

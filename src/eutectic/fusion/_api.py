@@ -1,0 +1,157 @@
+"""Fitting, keeping and applying: what the command line, the benchmark and Python call."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from eutectic import record, registry
+from eutectic.checkpoint.base import Checkpoint, Memory
+from eutectic.checkpoint.hashed import fingerprint
+from eutectic.checkpoint.publish import published
+from eutectic.checkpoint.safetensors import SafetensorsFile
+from eutectic.checkpoint.save import Progress, save_tensors, silent
+from eutectic.errors import CheckpointError, LayoutError, TaskError
+from eutectic.fusion._fit import processes
+from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Protocol, Run
+from eutectic.fusion._losses import fill
+from eutectic.merge.api import Source, open
+from eutectic.merge.compose import Composed, Outcome
+from eutectic.methods._method import validated
+from eutectic.task import Task
+
+_ABOUT = "artefact.json"
+
+
+def method(name: str, parameters: Mapping[str, Any]) -> Fusion:
+    """The registered method with its parameters checked.  Raises UnknownNameError, ParameterError."""
+    return registry.get("fusion", name)(**validated(name, parameters))
+
+
+def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[str, Any], run: Run) -> Artefact:
+    """Fit a method; the artefact says how, and for which models.
+
+    With ``run.folder`` the state is kept in a folder of its own there, which the same call takes up again.
+    Raises LayoutError for experts that do not fit the base, TaskError, ParameterError, NonFiniteError.
+    """
+    fusion = method(name, parameters)
+    if not tasks:
+        raise TaskError(f"{name}: there are no tasks to adapt to")
+    if not models.experts:
+        raise LayoutError(f"{name}: no experts were given; name at least 1")
+    hashes = {"base": fingerprint(models.base)} | {f"experts.{n}": fingerprint(c) for n, c in models.experts.items()}
+    about = {
+        "method": name,
+        "parameters": validated(name, parameters),
+        "seed": run.seed,
+        "protocol": run.protocol,
+        "tasks": [task.name for task in tasks],
+        "models": hashes,
+        "versions": record.versions(record.ENGINE),
+    }
+    if run.folder is not None:
+        key = hashlib.sha256(json.dumps([about, run.autocast, run.device], sort_keys=True).encode()).hexdigest()
+        run = run.within(run.folder / key[:16])
+    models.network.eval()
+    with processes(run.device):
+        found = fusion.fit(models, tasks, run)
+    return Artefact(found.tensors, about | dict(found.about))
+
+
+def fused(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Composed:
+    """The weights that an artefact makes of the models that it was fitted for, lazily.
+
+    Raises CheckpointError if these are other models, ParameterError for an artefact of other parameters.
+    """
+    about = artefact.about
+    given = {"base": base} | {f"experts.{name}": expert for name, expert in experts.items()}
+    if list(about["models"]) != list(given):
+        raise CheckpointError(f"the artefact was fitted for {', '.join(about['models'])}, not for {', '.join(given)}")
+    for name, model in given.items():
+        if fingerprint(model) != about["models"][name]:
+            raise CheckpointError(f"{model.origin}: is not the {name} that the artefact was fitted for (the hashes differ)")
+    inputs = {"base": base} | dict(experts)
+    if len(inputs) <= len(experts):
+        raise LayoutError("an expert cannot be called 'base'")
+    bound = method(about["method"], about["parameters"])
+    return Composed(inputs, functools.partial(_outcome, bound, artefact), method=about["method"])
+
+
+def _outcome(bound: Fusion, artefact: Artefact, inputs: Mapping[str, Checkpoint]) -> Outcome:
+    experts = {name: model for name, model in inputs.items() if name != "base"}
+    return Outcome(bound.build(inputs["base"], experts, artefact), "base", {})
+
+
+def fuse(
+    name: str,
+    /,
+    backbone: nn.Module,
+    experts: Mapping[str, Source],
+    *,
+    tasks: Sequence[Task],
+    seed: int = 0,
+    protocol: Protocol = "inductive",
+    device: str = "cpu",
+    progress: Progress = silent,
+    **parameters: Any,
+) -> nn.Module:
+    """Fuse experts into one network by a method that is fitted to unlabelled inputs of the tasks.
+
+    Args:
+        name: a registered fusion method, see ``eutectic methods``.
+        backbone: the network with θ₀; it is left as it is.
+        experts: by name; methods that ask an expert about a task's inputs take the one of the task's name.
+        tasks: what the fused network is to do; only their inputs are seen.
+        seed: fixes the result.
+        protocol: ``inductive`` sees the inputs of the split ``adapt``, ``transductive`` those of ``test``.
+        device: where the network runs.
+        progress: is told (what, done, total).
+        parameters: of the method.
+
+    Returns a network of the backbone's class in evaluation mode, whose ``artefact`` can be saved and applied again.
+    Raises UnknownNameError, ParameterError, LayoutError, TaskError, NonFiniteError, CheckpointError.
+    """
+    network = copy.deepcopy(backbone).to(device)
+    opened = {expert: open(source) for expert, source in experts.items()}
+    base = Memory({key: tensor.clone() for key, tensor in backbone.state_dict().items()})
+    run = Run(seed, protocol, device, progress=progress)
+    artefact = fit(name, ModelSet(network, base, opened), tasks, parameters, run)
+    fill(network, fused(base, opened, artefact))
+    network.artefact = artefact
+    return network.eval()
+
+
+def save_artefact(artefact: Artefact, folder: Path, *, replace: bool = False) -> None:
+    """Write a folder of ``artefact.json`` and ``model.safetensors``, whole or not at all.  Raises OutputError."""
+    with published(folder, replace=replace) as partial:
+        write_artefact(artefact, partial)
+
+
+def write_artefact(artefact: Artefact, folder: Path) -> None:
+    """Write the files of an artefact into an existing folder."""
+    save_tensors(artefact.tensors, folder)
+    text = json.dumps(dict(artefact.about), indent=1, ensure_ascii=False)
+    (folder / _ABOUT).write_text(text + "\n", encoding="utf-8")
+
+
+def load_artefact(folder: Path) -> Artefact:
+    """An artefact from its folder, or from that of a model that was fused; tensors are read as they are needed.
+
+    Raises CheckpointError naming the file that is missing or broken.
+    """
+    inside = folder / "artefact"
+    folder = inside if inside.is_dir() else folder
+    try:
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / _ABOUT}: no artefact of a fusion: {error}") from None
+    if not isinstance(about, dict) or not {"method", "parameters", "models"} <= about.keys():
+        raise CheckpointError(f"{folder / _ABOUT}: lacks a method, parameters or models")
+    return Artefact(SafetensorsFile(folder / "model.safetensors"), about)

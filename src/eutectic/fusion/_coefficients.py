@@ -1,0 +1,148 @@
+"""Fitting the coefficients of the equation, and the weights that they and a mask make."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eutectic import registry
+from eutectic.checkpoint.base import Checkpoint, Memory
+from eutectic.checkpoint.spec import Layout, TensorSpec
+from eutectic.checkpoint.views import Masked
+from eutectic.errors import ParameterError
+from eutectic.fusion._fit import Batches, Descended, Loss, backward, descend, held_out_loss
+from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
+from eutectic.fusion._weighted import Weighted
+from eutectic.merge.view import Merged, Override
+from eutectic.task import Task
+
+Per = Literal["tensor", "task"]
+
+
+def vectors(
+    method: str, parameters: Mapping[str, Any] | None, base: Checkpoint, experts: Mapping[str, Checkpoint]
+) -> dict[str, Checkpoint]:
+    """What each expert adds to a merge that is linear in its ``weights``: θ₀ + T(τₖ), by expert.
+
+    Raises ParameterError if the method takes no ``weights``.
+    """
+    if "weights" not in inspect.signature(registry.get("methods", method)).parameters:
+        raise ParameterError(f"method {method!r} has no `weights`, so there are no coefficients to fit", ("method",))
+    if method == "task_arithmetic":
+        return dict(experts)
+    given = {"scale": 1.0} | dict(parameters or {})
+    units = torch.eye(len(experts)).tolist()
+    return {name: Merged(method, base, experts, given | {"weights": unit}) for name, unit in zip(experts, units, strict=True)}
+
+
+class Shaped(Checkpoint):
+    """Flat tensors of another checkpoint, in the shapes and under the names of these; tied tensors share one."""
+
+    def __init__(self, flat: Checkpoint, names: Mapping[str, str], layout: Layout) -> None:
+        """``names`` are name → name in ``flat``."""
+        self._flat, self._names = flat, dict(names)
+        self.origin, self.files = flat.origin, flat.files
+        self._specs = {name: TensorSpec(layout[name].shape, flat.spec(below).dtype) for name, below in names.items()}
+
+    @property
+    def specs(self) -> Layout:
+        """See the class."""
+        return self._specs
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        return self._flat._read(self._names[name], start, stop)
+
+    def close(self) -> None:
+        """Close the checkpoint below."""
+        self._flat.close()
+
+
+def fit_coefficients(
+    equation: Weighted,
+    batches: Batches,
+    loss: Loss,
+    run: Run,
+    *,
+    per: Per,
+    init: float,
+    steps: int,
+    lr: float,
+    patience: int,
+    mask: Sequence[Tensor] | None = None,
+    what: str = "coefficients",
+) -> tuple[Tensor, Descended]:
+    """λ ``[K, L]`` that minimise a loss over the tasks, from ``init`` on."""
+    k, sites = equation.shape
+    weights = torch.full((k, sites if per == "tensor" else 1), init, dtype=torch.float64)
+
+    def gradients(step: int) -> tuple[float, dict[str, Tensor]]:
+        equation.write(weights.expand(k, sites), mask)
+        value = backward(equation.network, batches, step, loss, run)
+        return value, {"weights": equation.weight_gradient(mask).sum_to_size(weights.shape)}
+
+    def criterion() -> float:
+        equation.write(weights.expand(k, sites), mask)
+        return held_out_loss(equation.network, batches, loss, run)
+
+    found = descend(what, {"weights": weights}, gradients, criterion, run, steps=steps, lr=lr, patience=patience)
+    return found.tensors["weights"].expand(k, sites), found
+
+
+def fitted_to(
+    loss_of: Callable[[ModelSet, Sequence[Task], Run], Loss],
+    *,
+    per: Per,
+    init: float,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    patience: int,
+    method: str,
+    parameters: Mapping[str, Any] | None,
+) -> Fusion:
+    """The fusion that fits λ to the loss that ``loss_of`` makes of the models and tasks."""
+
+    def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
+        batches = Batches(run, tasks, batch_size)
+        loss = loss_of(models, tasks, run)
+        equation = Weighted(models.network, models.base, vectors(method, parameters, models.base, models.experts))
+        weights, found = fit_coefficients(
+            equation, batches, loss, run, per=per, init=init, steps=steps, lr=lr, patience=patience
+        )
+        return Artefact(Memory({"weights": weights.float()}), facts(equation, method, parameters) | {"history": found.history})
+
+    return Fusion(fit, weighted)
+
+
+def facts(equation: Weighted, method: str, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What ``weighted`` needs to know of an equation beside λ and the mask."""
+    return {
+        "over": {"method": method, "parameters": dict(parameters or {})},
+        "names": [[site.name, *site.aliases] for site in equation.sites],
+    }
+
+
+def weighted(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Checkpoint:
+    """The merge that an artefact describes: by ``weights`` ``[K, L]``, if it has them, and under ``mask.NAME``, if it has any.
+
+    Tensors that are no site are merged with weights of 1 / K each.  Another method than task arithmetic is run once for each
+    expert, to have what it makes of that one.
+    """
+    over, names, tensors = artefact.about["over"], artefact.about["names"], artefact.tensors
+    method, parameters, inputs, overrides = over["method"], over["parameters"], dict(experts), []
+    if "weights" in tensors.specs:
+        inputs = vectors(method, parameters, base, experts)
+        method, parameters = "task_arithmetic", {"scale": 1.0, "weights": [1 / len(experts)] * len(experts)}
+        columns = tensors.read("weights").double().T.tolist()
+        overrides = [
+            Override(name, {"weights": column}) for group, column in zip(names, columns, strict=True) for name in group
+        ]
+    masked = {name: f"mask.{group[0]}" for group in names for name in group if f"mask.{group[0]}" in tensors.specs}
+    if not masked:
+        return Merged(method, base, inputs, parameters, overrides)
+    wide = torch.float64 if any(base.specs[name].dtype == torch.float64 for name in masked) else torch.float32
+    return Masked(base, Merged(method, base, inputs, parameters, overrides, dtype=wide), Shaped(tensors, masked, base.specs))

@@ -1,0 +1,105 @@
+"""What a fusion method is: ``fit`` looks at data and gives a small artefact, ``build`` makes weights of it.
+
+K = experts, L = tensors whose coefficients are fitted, p = elements of a tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from eutectic.checkpoint.base import Checkpoint
+from eutectic.checkpoint.save import Progress, silent
+from eutectic.errors import TaskError
+from eutectic.task import Arrays, Task
+
+Protocol = Literal["inductive", "transductive"]
+
+
+class ModelSet(NamedTuple):
+    """θ₀ and the experts, and the network that they are weights of; fitting overwrites the network's weights."""
+
+    network: nn.Module
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a method is fitted, whatever the method.
+
+    ``protocol`` says which inputs it sees, never their labels: those of ``adapt`` (inductive), or those of ``test``
+    (transductive, as the papers did).  ``autocast`` runs forward and backward passes in bfloat16.  With ``folder`` the state is
+    kept there, so that an interrupted fit is carried on by the same call.
+    """
+
+    seed: int = 0
+    protocol: Protocol = "inductive"
+    device: str = "cpu"
+    autocast: bool = False
+    folder: Path | None = None
+    progress: Progress = silent
+
+    @property
+    def split(self) -> str:
+        """The split whose inputs are seen."""
+        return "adapt" if self.protocol == "inductive" else "test"
+
+    def within(self, folder: Path) -> Run:
+        """The same, kept in another folder."""
+        return dataclasses.replace(self, folder=folder)
+
+    def forward(self, network: nn.Module, task: Task, inputs: Tensor) -> Tensor:
+        """A task's logits ``[B, C]``, in float32 or wider.  Raises TaskError if the head does not fit the network."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
+            features = network(inputs.to(self.device))
+        if self.autocast:
+            features = features.float()
+        try:
+            logits = task.head(features)
+        except RuntimeError as error:
+            raise TaskError(f"task {task.name!r}: its head does not fit features {tuple(features.shape)}: {error}") from None
+        if logits.ndim != 2 or len(logits) != len(inputs):
+            raise TaskError(f"task {task.name!r}: its head gives {tuple(logits.shape)}, not logits [{len(inputs)}, classes]")
+        return logits
+
+    def arrays(self, task: Task) -> Arrays:
+        """The samples of a task that may be seen.  Raises TaskError if there are none."""
+        found = task.arrays(self.split)
+        if not len(found):
+            raise TaskError(f"task {task.name!r}: the split {self.split!r} is empty, so there is nothing to adapt to")
+        return found
+
+
+class Artefact(NamedTuple):
+    """What was fitted: small tensors, and in ``about`` what is needed to apply and to trust them, as JSON-ready data.
+
+    ``about`` has ``method``, ``parameters``, ``seed``, ``protocol``, ``models`` (the content hashes of ``base`` and
+    ``experts.NAME``) and whatever the method adds.
+    """
+
+    tensors: Checkpoint
+    about: Mapping[str, Any]
+
+
+class Fusion(NamedTuple):
+    """A method with its parameters bound.
+
+    ``fit`` raises TaskError for tasks it cannot use, NonFiniteError for a loss that is not finite.  ``build`` gets the base
+    and the experts, and an artefact's tensors and facts; its result is lazy.
+    """
+
+    fit: Callable[[ModelSet, Sequence[Task], Run], Artefact]
+    build: Callable[[Checkpoint, Mapping[str, Checkpoint], Artefact], Checkpoint]
+
+
+def expert_of(task: Task, models: ModelSet) -> str:
+    """The name of a task's expert: the task's own.  Raises TaskError if there is none."""
+    if task.name not in models.experts:
+        raise TaskError(f"task {task.name!r} has no expert of its name; there are {', '.join(models.experts)}")
+    return task.name

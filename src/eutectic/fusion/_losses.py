@@ -1,0 +1,51 @@
+"""What coefficients are fitted to without labels: certainty, or the experts' own outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eutectic.checkpoint.base import Checkpoint
+from eutectic.fusion._fit import Loss
+from eutectic.fusion._fusion import ModelSet, Run, expert_of
+from eutectic.task import Task
+
+
+def entropy(task: Task, logits: Tensor, index: Tensor) -> Tensor:
+    """The mean entropy of the predictions, −Σ_c p_c log p_c, in nats."""
+    log_p = F.log_softmax(logits, dim=1)
+    return -(log_p.exp() * log_p).sum(1).mean()
+
+
+def divergence_from(outputs: Mapping[str, Tensor]) -> Loss:
+    """The mean KL(expert ‖ merged) over a batch, in nats; ``outputs`` has the experts' log p ``[N, C]`` by task."""
+
+    def loss(task: Task, logits: Tensor, index: Tensor) -> Tensor:
+        target = outputs[task.name][index].to(logits)
+        return F.kl_div(F.log_softmax(logits, dim=1), target, log_target=True, reduction="batchmean")
+
+    return loss
+
+
+@torch.no_grad()
+def expert_outputs(models: ModelSet, tasks: Sequence[Task], run: Run) -> dict[str, Tensor]:
+    """Log p ``[N, C]`` of each task's own expert on all that may be seen; the network is left with some expert's weights."""
+    found = {}
+    for number, task in enumerate(tasks):
+        run.progress("experts' outputs", number, len(tasks))
+        fill(models.network, models.experts[expert_of(task, models)])
+        arrays = run.arrays(task)
+        logits = [run.forward(models.network, task, inputs) for inputs, _ in arrays.batches(64)]
+        found[task.name] = F.log_softmax(torch.cat(logits), dim=1)
+    return found
+
+
+@torch.no_grad()
+def fill(network: torch.nn.Module, weights: Checkpoint) -> None:
+    """Copy a checkpoint's floating-point tensors into a network, in place; tied names that it lacks follow the others."""
+    for name, tensor in network.state_dict().items():
+        if name in weights.specs and tensor.dtype.is_floating_point:
+            tensor.copy_(weights.read(name))

@@ -1,0 +1,168 @@
+"""The one equation over a network's tensors, θ = θ₀ + m̂ ⊙ Σₖ λₖ τₖ, with its gradients in closed form.
+
+One ordinary backward pass leaves G = ∂L/∂θ in the network's ``.grad``, summed over tasks.  θ is linear in λ and in m̂, so for
+each tensor
+
+    ∂L/∂λₖ = ⟨G, m̂ ⊙ τₖ⟩          ∂L/∂m̂ = G ⊙ Σₖ λₖ τₖ
+
+No graph runs through the merge, and nothing is kept for each task: memory is θ, θ₀, G and the task vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from eutectic.checkpoint.base import Checkpoint
+from eutectic.errors import LayoutError, NonFiniteError
+
+#: elements of a tensor that are worked on at once: K times as many in float32 stay in the caches
+CHUNK = 1 << 16
+
+
+class Site(NamedTuple):
+    """A tensor whose coefficients are fitted: its name, those of tensors tied to it, and where it is kept."""
+
+    name: str
+    aliases: tuple[str, ...]
+    parameter: nn.Parameter
+    base: Tensor  # [p]
+    vectors_K: Tensor  # [K, p], in the storage dtype
+
+
+class Weighted:
+    """θ₀ and the task vectors of a network, in memory.
+
+    ``sites`` are the parameters that require a gradient and that some expert changed, in the network's order.  What else the
+    experts changed (buffers, frozen parameters) is set once, with the given fixed weights, and is no site.  Tied parameters
+    are one site.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        base: Checkpoint,
+        vectors: Mapping[str, Checkpoint],
+        storage: torch.dtype = torch.bfloat16,
+        fixed: Sequence[float] | None = None,
+    ) -> None:
+        """Read θ₀ and the experts; ``fixed`` are the weights of what is no site, 1 / K each by default.
+
+        ``storage`` holds the task vectors; sums are float32, or float64 in a float64 network.  Raises LayoutError if a
+        parameter is in no checkpoint, NonFiniteError naming an expert and tensor that hold a NaN or Inf.
+        """
+        self.network = network
+        self.names = list(vectors)
+        fixed = [1 / len(vectors)] * len(vectors) if fixed is None else fixed
+        groups: dict[int, list[str]] = {}
+        tensors: dict[str, Tensor] = {}
+        state = network.state_dict(keep_vars=True)
+        for name, tensor in state.items():
+            if tensor.dtype.is_floating_point:
+                groups.setdefault(id(tensor), []).append(name)
+                tensors[name] = tensor
+        self.sites: list[Site] = []
+        self.fixed: list[str] = []
+        for group in groups.values():
+            known = [name for name in group if name in base.specs]
+            if not known:
+                raise LayoutError(f"the network has {group[0]!r}, which {base.origin} lacks: is it another network's base?")
+            site = self._site(known, tensors[group[0]], base, vectors, storage)
+            if site is None:
+                continue
+            if isinstance(site.parameter, nn.Parameter) and site.parameter.requires_grad:
+                self.sites.append(site)
+                continue
+            self.fixed += known
+            weights = torch.tensor(fixed, dtype=site.base.dtype, device=site.base.device)
+            with torch.no_grad():
+                site.parameter.copy_(site.base.add(_total(site.vectors_K, weights)).view(site.parameter.shape))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """K and L."""
+        return len(self.names), len(self.sites)
+
+    @torch.no_grad()
+    def write(self, weights_KL: Tensor, mask: Sequence[Tensor] | None = None) -> None:
+        """Set the network to θ; ``weights_KL`` ``[K, L]``, ``mask`` the m̂ ``[p]`` of each site.  Gradients are dropped."""
+        for at, site in enumerate(self.sites):
+            weights = weights_KL[:, at].to(site.base)
+            theta = site.parameter.detach().reshape(-1)
+            for part in _parts(site):
+                direction = _total(site.vectors_K[:, part], weights)
+                if mask is not None:
+                    direction.mul_(mask[at][part])
+                theta[part] = direction.add_(site.base[part])
+            if theta.data_ptr() != site.parameter.data_ptr():
+                site.parameter.copy_(theta.view(site.parameter.shape))
+            site.parameter.grad = None
+
+    @torch.no_grad()
+    def weight_gradient(self, mask: Sequence[Tensor] | None = None) -> Tensor:
+        """∂L/∂λ ``[K, L]`` of what ``backward`` left, in float64."""
+        found = torch.zeros(self.shape, dtype=torch.float64)
+        for at, site in enumerate(self.sites):
+            gradient = _flat_gradient(site)
+            if gradient is None:
+                continue
+            total = torch.zeros(len(self.names), dtype=torch.float64)
+            for part in _parts(site):
+                g = gradient[part] if mask is None else gradient[part] * mask[at][part]
+                total += torch.mv(site.vectors_K[:, part].to(g.dtype), g).cpu()
+            found[:, at] = total
+        return found
+
+    @torch.no_grad()
+    def mask_gradient(self, weights_KL: Tensor) -> Iterator[Tensor]:
+        """∂L/∂m̂ ``[p]`` of each site, in order: made in the place of G, which is used up."""
+        for at, site in enumerate(self.sites):
+            gradient = _flat_gradient(site)
+            if gradient is None:
+                yield torch.zeros_like(site.base)
+                continue
+            weights = weights_KL[:, at].to(site.base)
+            for part in _parts(site):
+                gradient[part] *= _total(site.vectors_K[:, part], weights)
+            yield gradient
+            site.parameter.grad = None
+
+    def _site(
+        self, names: list[str], tensor: Tensor, base: Checkpoint, vectors: Mapping[str, Checkpoint], storage: torch.dtype
+    ) -> Site | None:
+        """None if no expert changed it."""
+        name = names[0]
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        start = base.read(name).to(wide).reshape(-1)
+        vectors_K = torch.empty(
+            len(vectors), start.numel(), dtype=torch.promote_types(storage, tensor.dtype) if wide == torch.float64 else storage
+        )
+        changed = False
+        for row, (expert, checkpoint) in zip(vectors_K, vectors.items(), strict=True):
+            delta = checkpoint.read(name).to(wide).reshape(-1) - start
+            if not torch.isfinite(delta).all():
+                raise NonFiniteError(f"expert {expert!r} ({checkpoint.origin}) or the base holds a NaN or Inf in {name!r}")
+            changed = changed or bool(delta.any())
+            row.copy_(delta)
+        if not changed:
+            return None
+        device = tensor.device
+        return Site(name, tuple(names[1:]), tensor, start.clone().to(device), vectors_K.to(device))
+
+
+def _parts(site: Site) -> Iterator[slice]:
+    return (slice(low, low + CHUNK) for low in range(0, site.base.numel(), CHUNK))
+
+
+def _total(vectors_K: Tensor, weights_K: Tensor) -> Tensor:
+    """Σ λₖ τₖ in the dtype of the weights."""
+    return torch.mv(vectors_K.to(weights_K.dtype).T, weights_K)
+
+
+def _flat_gradient(site: Site) -> Tensor | None:
+    """G ``[p]`` in the dtype of θ₀; written through if it can be."""
+    gradient = site.parameter.grad
+    return None if gradient is None else gradient.reshape(-1).to(site.base.dtype)
