@@ -18,11 +18,11 @@ DOCS = Path(__file__).parent.parent / "docs"
 def methods_page() -> str:
     """Every registered method: its docstring, parameters and source."""
     parts = ["# Methods\n\nWritten by `make docs` from the docstrings.  `eutectic methods NAME` prints the same.\n"]
-    for name in registry.names("methods"):
-        doc = inspect.getdoc(registry.get("methods", name)) or ""
-        parts.append(
-            f"## {name}\n\n```text\n{doc}\n```\n\n{_parameters(name)}\n\nReference: {registry.reference('methods', name)}.\n"
-        )
+    for room, title in (("methods", "Closed form"), ("fusion", "Fitted to data")):
+        parts.append(f"# {title}\n")
+        for name in registry.names(room):
+            doc, source = inspect.getdoc(registry.get(room, name)) or "", registry.reference(room, name)
+            parts.append(f"## {name}\n\n```text\n{doc}\n```\n\n{_parameters(name)}\n\nReference: {source}.\n")
     return "\n".join(parts)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from eutectic.bench.zoo import open_suite as open_suite
     from eutectic.checkpoint.base import Checkpoint as Checkpoint
     from eutectic.errors import EutecticError as EutecticError
+    from eutectic.fusion._api import fuse as fuse
     from eutectic.merge.api import diff as diff
     from eutectic.merge.api import merge as merge
     from eutectic.merge.api import open as open
@@ -30,6 +31,7 @@ _HOMES = {
     "Task": "task",
     "diff": "merge.api",
     "evaluate": "bench.evaluate",
+    "fuse": "fusion._api",
     "merge": "merge.api",
     "open": "merge.api",
     "open_suite": "bench.zoo",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,6 +34,13 @@ class Compat(StrEnum):
     """Whose conventions a recipe is read with."""
 
     mergekit = "mergekit"
+
+
+class Protocol(StrEnum):
+    """Which inputs a method that is fitted sees."""
+
+    inductive = "inductive"
+    transductive = "transductive"
 
 
 CompatOption = Annotated[
@@ -94,6 +101,49 @@ def merge(
 
 
 @app.command()
+def fuse(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an existing folder.")] = False,
+    device: Annotated[str, typer.Option(help="Where the network runs: cpu, cuda, cuda:1 …")] = "cpu",
+    autocast: Annotated[bool, typer.Option("--bf16", help="Run the network in bfloat16.")] = False,
+) -> None:
+    """Fit RECIPE's method to unlabelled inputs and write a Hugging Face folder OUT, with the artefact of the fit in it.
+
+    A fit that was stopped is carried on by the same command.  Under torchrun its processes share each batch.
+    """
+    import shutil
+
+    from eutectic.bench import fusing
+    from eutectic.fusion import _api as fusion
+    from eutectic.fusion._fit import processes, rank
+    from eutectic.fusion._fusion import Run
+    from eutectic.merge import run
+    from eutectic.merge.recipe import Recipe, load
+
+    parsed = load(recipe)
+    if not isinstance(parsed, Recipe):
+        raise EutecticError(f"{recipe}: is in mergekit's schema, which has no methods that are fitted: use `eutectic merge`")
+    if out.exists() and not force:
+        raise EutecticError(f"{out}: exists already. Choose another path, or pass --force.")
+    begun = out.with_name(f".{out.name}.fit")
+    with _bar() as progress, processes(device):
+        how = Run(parsed.seed, parsed.protocol, device, autocast, begun, progress)
+        artefact = fusing.fit_recipe(parsed, recipe.parent, how)
+        if rank():
+            return
+        merged = fusing.applied(parsed, recipe.parent, artefact)
+
+        def attach(folder: Path) -> None:
+            (folder / "artefact").mkdir()
+            fusion.write_artefact(artefact, folder / "artefact")
+
+        run.save(merged, out, replace=force, recipe=parsed, progress=progress, attach=attach)
+    shutil.rmtree(begun, ignore_errors=True)
+    print(f"{out}: {merged.method} of {len(merged.experts)} expert(s)")
+
+
+@app.command()
 def plan(
     recipe: RecipeFile,
     out: Annotated[Path, typer.Argument(help="Where the merge would be written, for the room on that disk.")] = Path(),
@@ -139,13 +189,14 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show one method in 
     if name is not None:
         from eutectic.methods._method import signature_model
 
-        function = registry.get("methods", name)
+        function = registry.get(registry.room_of(name), name)
         print(f"{name}{inspect.signature(function)}\n\n{inspect.getdoc(function)}\n")
         for key, field in signature_model(name).model_json_schema()["properties"].items():
             print(f"  {key}: {', '.join(f'{k} {v}' for k, v in field.items() if k != 'title')}")
         return
-    for known in registry.names("methods"):
-        print(f"{known:16} {(inspect.getdoc(registry.get('methods', known)) or '').splitlines()[0]}")
+    for room in ("methods", "fusion"):
+        for known in registry.names(room):
+            print(f"{known:24} {(inspect.getdoc(registry.get(room, known)) or '').splitlines()[0]}")
 
 
 @app.command()
@@ -201,9 +252,14 @@ def bench(
     suite: Annotated[str, typer.Argument(help="A suite of the zoo, or a folder that holds one.")],
     out: Annotated[Path | None, typer.Option(help="Where records and report go; runs/SUITE by default.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only this method; may be given several times.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Of methods that are fitted; may be given several times.")] = None,
+    protocol: Annotated[
+        list[Protocol] | None, typer.Option(help="What fitted methods see: adapt's inputs, or test's. May be given twice.")
+    ] = None,
 ) -> None:
-    """Score θ₀, the experts and every method, or those named, on a suite."""
-    _run(suite, out or Path("runs") / Path(suite).name, tuple(method) if method else None)
+    """Score θ₀, the experts and every closed-form method, or the methods named, on a suite."""
+    how = {"seeds": seed or [0], "protocols": [p.value for p in protocol or [Protocol.inductive]]}
+    _run(suite, out or Path("runs") / Path(suite).name, tuple(method) if method else None, how)
 
 
 @app.command()
@@ -256,20 +312,26 @@ def zoo_build(
 
 
 def _open_recipe(path: Path, compat: Compat | None = None) -> tuple[AnyRecipe, Merged | Composed]:
+    from eutectic.bench import fusing
     from eutectic.bench.evaluate import suite_recipe
     from eutectic.merge.recipe import Recipe, load
     from eutectic.merge.run import merged_from
     from eutectic.merge.view import Merged
 
     recipe = load(path, compat is not None)
-    merged = suite_recipe(recipe) if isinstance(recipe, Recipe) and recipe.suite else merged_from(recipe, path.parent)
+    if isinstance(recipe, Recipe) and recipe.is_fitted:
+        merged: Merged | Composed = fusing.applied(recipe, path.parent)
+    elif isinstance(recipe, Recipe) and recipe.suite:
+        merged = suite_recipe(recipe)
+    else:
+        merged = merged_from(recipe, path.parent)
     if not isinstance(merged, Merged):
         for note in merged.notes:
             print(f"note: {note}", file=sys.stderr)
     return recipe, merged
 
 
-def _run(suite: str, out: Path, only: tuple[str, ...] | None) -> None:
+def _run(suite: str, out: Path, only: tuple[str, ...] | None, how: dict[str, Any] | None = None) -> None:
     from rich.console import Console
 
     from eutectic import record
@@ -289,7 +351,7 @@ def _run(suite: str, out: Path, only: tuple[str, ...] | None) -> None:
     console = Console(stderr=True)
     with console.status("starting") as status:
         progress = status.update if console.is_terminal else lambda line: print(line, file=sys.stderr, flush=True)
-        for found in scoring.run_suite(opened, chosen, progress=progress):
+        for found in scoring.run_suite(opened, chosen, progress=progress, **how or {}):
             record.append(partial, [found])
             records.append(found)
     partial.replace(path)

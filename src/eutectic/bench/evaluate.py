@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -19,6 +20,9 @@ from eutectic.bench.zoo import open_suite
 from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.checkpoint.views import Lerp
 from eutectic.errors import LayoutError, RecipeError, TaskError
+from eutectic.fusion._api import fit, fused
+from eutectic.fusion._api import method as bound
+from eutectic.fusion._fusion import ModelSet, Protocol, Run
 from eutectic.merge.api import state_dict
 from eutectic.merge.recipe import Recipe
 from eutectic.merge.run import bind
@@ -64,16 +68,26 @@ def evaluate(
     return found
 
 
-def run_suite(suite: Suite, methods: Sequence[str], *, progress: Progress = lambda line: None) -> Iterator[Record]:
+def run_suite(
+    suite: Suite,
+    methods: Sequence[str],
+    *,
+    seeds: Sequence[int] = (0,),
+    protocols: Sequence[Protocol] = ("inductive",),
+    progress: Progress = lambda line: None,
+) -> Iterator[Record]:
     """θ₀, the experts one by one, and every method on a suite's test sets; ends each with a ``mean`` record.
 
-    A method's ``GRID`` is searched on the tasks' ``val`` splits (labelled training images that no expert saw), never on
-    ``test``; ties go to the first candidate.
+    A closed-form method's ``GRID`` is searched on the tasks' ``val`` splits (labelled training images that no expert saw),
+    never on ``test``; ties go to the first candidate.  Others are fitted with each of the seeds under each protocol.
     """
-    for method in methods:
-        merge_suite(suite, method, {})  # what cannot be merged is refused before an hour of scoring
+    for method in methods:  # what cannot be fused is refused before an hour of scoring
+        if registry.room_of(method) == "fusion":
+            bound(method, {})
+        else:
+            merge_suite(suite, method, {})
     network = suite.backbone()
-    common = {"suite": suite.name, "seed": 0, "protocol": "inductive"}
+    common: dict[str, Any] = {"suite": suite.name, "seed": 0, "protocol": "inductive"}
     progress("pretrained")
     record.reset_peak_rss()
     base = {"base": suite.fingerprints["base"]}
@@ -85,9 +99,17 @@ def run_suite(suite: Suite, methods: Sequence[str], *, progress: Progress = lamb
         inputs = {task.name: suite.fingerprints[task.name]}
         individual += evaluate(network, [task], method="individual", inputs=inputs, **common)
     yield from _with_mean(individual)
+    common["inputs"] = suite.fingerprints
     for method in methods:
-        record.reset_peak_rss()
-        yield from run_method(suite, network, method, progress, common | {"inputs": suite.fingerprints})
+        if registry.room_of(method) != "fusion":
+            record.reset_peak_rss()
+            yield from run_method(suite, network, method, progress, common)
+            continue
+        for protocol, seed in itertools.product(protocols, seeds):
+            record.reset_peak_rss()
+            told = functools.partial(_told, progress, f"{method}, {protocol}, seed {seed}")
+            run = Run(seed, protocol, progress=told)
+            yield from run_fusion(suite, suite.backbone(), method, {}, run, common)
 
 
 def run_method(
@@ -118,6 +140,28 @@ def run_method(
     yield dataclasses.replace(mean, wall_s=mean.wall_s + fitted_s)
 
 
+def run_fusion(
+    suite: Suite, network: nn.Module, method: str, parameters: Mapping[str, Any], run: Run, common: Mapping[str, Any]
+) -> Iterator[Record]:
+    """Fit a method to a suite's inputs, and score it on ``test``; wall times cover fitting and building too."""
+    started = time.perf_counter()
+    experts = suite.experts()
+    artefact = fit(method, ModelSet(network, suite.base, experts), suite.tasks, parameters, run)
+    fill(network, fused(suite.base, experts, artefact))
+    chosen = artefact.about["parameters"]
+    recipe = Recipe(method=method, suite=suite.name, parameters=chosen, seed=run.seed, protocol=run.protocol)
+    fitted_s = time.perf_counter() - started
+    about: dict[str, Any] = {"seed": run.seed, "protocol": run.protocol, "parameters": chosen, "recipe_sha256": recipe.sha256()}
+    *parts, mean = _with_mean(evaluate(network, suite.tasks, method=method, **{**common, **about}))
+    yield from parts
+    yield dataclasses.replace(mean, wall_s=mean.wall_s + fitted_s)
+
+
+def _told(progress: Progress, said: str, what: str, done: int, total: int) -> None:
+    if done in (1, total) or done % 20 == 0:
+        progress(f"{said}: {what}, {done} of {total}")
+
+
 def _candidates(suite: Suite, method: str, candidates: Sequence[Mapping[str, Any]]) -> Iterator[Checkpoint]:
     """The merges to choose among; those that differ in ``scale`` alone, in which every method is linear, share one merge."""
     if any(candidate.keys() != {"scale"} for candidate in candidates):
@@ -143,6 +187,12 @@ def suite_recipe(recipe: Recipe) -> Merged:
 
     Raises RecipeError if it names a base, or experts by path.
     """
+    suite, experts = suite_models(recipe)
+    return bind(recipe, suite.base, experts)
+
+
+def suite_models(recipe: Recipe) -> tuple[Suite, dict[str, Checkpoint]]:
+    """The suite of a recipe, and those of its experts that the recipe wants.  Raises RecipeError as ``suite_recipe`` does."""
     suite = open_suite(str(recipe.suite))
     if recipe.base is not None or any(name not in suite.classes for name in recipe.experts.values()):
         raise RecipeError(
@@ -150,11 +200,11 @@ def suite_recipe(recipe: Recipe) -> Merged:
             f"names among {', '.join(suite.classes)}"
         )
     if "experts" not in recipe.model_fields_set:
-        return bind(recipe, suite.base, suite.experts())
+        return suite, suite.experts()
     if len(set(recipe.experts.values())) < len(recipe.experts):
         raise RecipeError(f"`experts` names one of the suite's twice: {', '.join(recipe.experts.values())}")
     listed = list(recipe.experts) == [str(i) for i in range(len(recipe.experts))]
-    return bind(recipe, suite.base, {task if listed else name: suite.expert(task) for name, task in recipe.experts.items()})
+    return suite, {task if listed else name: suite.expert(task) for name, task in recipe.experts.items()}
 
 
 def fields_of(model: Path) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def fuse(
     run = Run(seed, protocol, device, progress=progress)
     artefact = fit(name, ModelSet(network, base, opened), tasks, parameters, run)
     fill(network, fused(base, opened, artefact))
-    network.artefact = artefact
+    object.__setattr__(network, "artefact", artefact)  # no tensor, so no business of the module's
     return network.eval()
 
 

@@ -28,7 +28,7 @@ class Site(NamedTuple):
 
     name: str
     aliases: tuple[str, ...]
-    parameter: nn.Parameter
+    parameter: Tensor
     base: Tensor  # [p]
     vectors_K: Tensor  # [K, p], in the storage dtype
 

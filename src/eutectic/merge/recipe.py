@@ -49,6 +49,8 @@ class Recipe(pydantic.BaseModel):
     Experts are named: a list gets the names ``"0"``, ``"1"`` …  ``dtype`` accepts inputs of any floating dtype and is the
     output's.  A ``suite`` of the zoo gives base, experts and tasks; ``experts`` is then an optional choice among them.
     ``tokenizer`` gives models of several vocabularies one; ``chat_template`` is ``auto``, a built-in's name or a template.
+    A method that is fitted to data has ``tasks``, a suite's name or folder, unless it has a ``suite``; or the ``artefact`` of
+    an earlier fit, a folder.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,6 +65,8 @@ class Recipe(pydantic.BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
     tokenizer: TokenizerModel | None = None
     chat_template: str | None = None
+    tasks: str | None = None
+    artefact: str | None = None
 
     @pydantic.field_validator("experts", mode="before")
     @classmethod
@@ -78,6 +82,11 @@ class Recipe(pydantic.BaseModel):
                 "with a `tokenizer` or `chat_template`, `base` means the base; give the expert of that name another one"
             )
         return self
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the method is fitted to data, or has been."""
+        return registry.room_of(self.method) == "fusion"
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -107,7 +116,8 @@ class Recipe(pydantic.BaseModel):
             given = validated(self.method, override["parameters"])
             override["parameters"] = {key: given[key] for key in override["parameters"]}
         data["experts"] = list(data["experts"].items())
-        data = {key: value for key, value in data.items() if value is not None or key not in ("tokenizer", "chat_template")}
+        late = ("tokenizer", "chat_template", "tasks", "artefact")  # so that older recipes keep their hashes
+        data = {key: value for key, value in data.items() if value is not None or key not in late}
         return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
     def sha256(self) -> str:
@@ -216,10 +226,16 @@ def _yaml_errors(source: str) -> Iterator[None]:
 
 def _check_method(recipe: Recipe, data: CommentedMap, source: str) -> None:
     """The method's own checks, here so that their errors carry a line."""
-    known = registry.names("methods")
-    if recipe.method not in known:
-        line = line_of(data, ["method"])
-        raise UnknownNameError(f"{source}:{line}: no method is called {recipe.method!r}.{did_you_mean(recipe.method, known)}")
+    try:
+        fitted = recipe.is_fitted
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{source}:{line_of(data, ['method'])}: {error}") from None
+    for key, why in (("overrides", "fits each tensor by itself"), ("dtype", "keeps the base's dtypes")):
+        if fitted and getattr(recipe, key):
+            raise RecipeError(f"{source}:{line_of(data, [key])}: {recipe.method} {why}: leave out `{key}`")
+    for key in ("tasks", "artefact"):
+        if not fitted and getattr(recipe, key):
+            raise RecipeError(f"{source}:{line_of(data, [key])}: {recipe.method} is fitted to nothing: leave out `{key}`")
     for where, parameters in [(["parameters"], recipe.parameters)] + [
         (["overrides", i, "parameters"], override.parameters) for i, override in enumerate(recipe.overrides)
     ]:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,14 +53,21 @@ def merged_from(recipe: Recipe | MergekitRecipe, folder: Path = Path()) -> Merge
         return recipe.open(folder)
     if recipe.suite is not None:
         raise RecipeError(f"the recipe names the suite {recipe.suite!r}; it is opened by `eutectic`, not by the merge engine")
-    base = _open(recipe.base, folder) if recipe.base else None
-    experts = {name: _open(path, folder) for name, path in recipe.experts.items()}
+    if recipe.is_fitted:
+        raise RecipeError(f"{recipe.method} is fitted to data: `eutectic fuse` does so, or names an `artefact`")
+    base, experts = opened(recipe, folder)
     if recipe.tokenizer is not None or recipe.chat_template is not None:
         return _spoken(recipe, ({"base": base} if base is not None else {}) | experts)
     merged = bind(recipe, base, experts)
     if vocabulary_tensors(merged.specs):
         require_one_vocabulary({name: tokenizer_of(model) for name, model in merged.inputs.items()})
     return merged
+
+
+def opened(recipe: Recipe, folder: Path) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+    """The base and the experts that a recipe names by path."""
+    base = _open(recipe.base, folder) if recipe.base else None
+    return base, {name: _open(path, folder) for name, path in recipe.experts.items()}
 
 
 def _spoken(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Composed:
@@ -111,6 +118,7 @@ def save(
     cluster: str | None = None,
     repair: bool = False,
     progress: Progress = silent,
+    attach: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Write any checkpoint as a Hugging Face folder, whole or not at all.
 
@@ -120,6 +128,7 @@ def save(
     the number of processors by default.  With ``cluster``, the address of a Ray cluster, its machines do the work, and
     ``memory_bytes`` is for each of their processes: see ``merge.cluster``.  With ``repair``, entries of an input that are
     NaN or Inf are taken from the base (without one, the first expert), and as 0 in that itself; ``eutectic.json`` counts them.
+    ``attach`` is called with the folder before it appears, to put further files there.
     Raises OutputError if ``out`` exists and ``replace`` is not set, BudgetError, DiskFullError, NonFiniteError; then nothing is
     left behind, but for a disk that fills up half-way, or machines that are lost (ClusterError): what was written stays beside
     ``out``, for the same call to carry on.
@@ -162,6 +171,7 @@ def save(
             about |= {"recipe": recipe.as_data(), "recipe_sha256": recipe.sha256()}
             (folder / "README.md").write_text(_card(out.name, recipe, checkpoint, sources), encoding="utf-8")
         (folder / "eutectic.json").write_text(provenance(about), encoding="utf-8")
+        attach(folder)
     return out
 
 
@@ -250,12 +260,16 @@ def recipe_of(merged: Merged) -> Recipe:
 
 def _card(title: str, recipe: AnyRecipe, checkpoint: Checkpoint, sources: Mapping[str, Checkpoint]) -> str:
     ran = [merged.method for merged in checkpoint.merges] if isinstance(checkpoint, Composed) else []
-    known = registry.names("methods")
+    known = registry.names("methods") | registry.names("fusion")
     return model_card(
         title=title,
         method=", ".join(recipe.methods),
         base_model=recipe.base_models,
         models=list(sources),  # by name: a card is published, and where files lay on one machine is nobody's business
         recipe=recipe.to_yaml(),
-        citations=list(dict.fromkeys(registry.reference("methods", name) for name in (*recipe.methods, *ran) if name in known)),
+        citations=list(dict.fromkeys(_citation(name) for name in (*recipe.methods, *ran) if name in known)),
     )
+
+
+def _citation(method: str) -> str:
+    return registry.reference(registry.room_of(method), method)
