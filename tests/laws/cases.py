@@ -52,6 +52,13 @@ CASES = {
         gain=lambda k: 0.3 * k,  # it adds task vectors, and does not average them
         overflow={"scale": 1e6},
     ),
+    "ties_sum": Case(
+        variants=({}, {"over": "tensor"}, SIGNED | {"density": 0.3}, NINE | {"over": "tensor"}),
+        alone={"density": 1, "scale": 1},
+        identical={"density": 1, "scale": 0.3},
+        gain=lambda k: 0.3 * k,
+        overflow={"scale": 1e6},
+    ),
     "ties": Case(
         variants=({}, {"over": "tensor"}, {"density": 0.001, "over": "tensor", "scale": 2}, {"density": 1}, {"density": 0}),
         alone={"density": 1},

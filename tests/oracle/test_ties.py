@@ -43,6 +43,20 @@ def test_worked_example_over_the_model():
     assert over_tensor["v"].tolist() == [0.0, 0.0, 30.0, 40.0, 0.0]
 
 
+@pytest.mark.parametrize("over", ["tensor", "model"])
+@pytest.mark.parametrize("weights", [None, [0.5, -1.0, 2.0]])
+def test_the_sum_is_that_of_the_elected_entries_and_weights_have_no_say_in_the_vote(over, weights):
+    # of the trimmed vectors above (over the model, u takes none of the places)
+    elected = torch.tensor([[3.0, 0.0, 0.0, 0.0, 0.0], [0.0, -4.0, 0.0, 0.0, 0.0], [0.0, 0.0, -5.0, -6.0, 0.0]])
+    experts = [{"w": torch.tensor(tau), "u": torch.zeros(1)} for tau in TAUS]
+    base = zeros("w") | zeros("u", n=1)
+    given = {} if weights is None else {"weights": weights}
+    density = 0.4 if over == "tensor" else 2 / 6
+    found = state_dict(merge("ties_sum", base, experts, density=density, scale=0.5, over=over, **given))
+    expected = 0.5 * (torch.tensor(weights or [1.0, 1.0, 1.0])[:, None] * elected).sum(0)
+    assert found["w"].tolist() == expected.tolist()
+
+
 def test_agreeing_experts_are_averaged_over_those_that_have_a_say():
     # at 0: (2 + 4) / 2, the third is silent; at 1: mass −1, so only −5 counts; at 2: votes cancel, nobody is elected
     experts = [{"w": torch.tensor(tau)} for tau in ([2.0, 4.0, 3.0], [4.0, -5.0, -3.0], [0.0, 0.0, 0.0])]

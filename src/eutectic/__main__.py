@@ -1,0 +1,5 @@
+"""``python -m eutectic``, and so ``torchrun -m eutectic``."""
+
+from eutectic.cli import main
+
+main()
