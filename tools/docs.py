@@ -1,18 +1,20 @@
-"""Write docs/methods.md and docs/cli.md anew from the code; with --check, fail if they are not what is there."""
+"""Write the pages under docs/ that follow from the code and the records; with --check, fail if they are not what is there."""
 
 from __future__ import annotations
 
 import inspect
+import statistics
 import sys
 from pathlib import Path
 
 import typer
 from typer.testing import CliRunner
 
-from eutectic import cli, registry
+from eutectic import cli, record, registry
 from eutectic.methods._method import signature_model
 
 DOCS = Path(__file__).parent.parent / "docs"
+RESULTS = DOCS.parent / "benchmarks" / "results"
 
 
 def methods_page() -> str:
@@ -34,6 +36,44 @@ def _parameters(name: str) -> str:
     return "\n".join(lines)
 
 
+def fitted_page() -> str:
+    """Methods that are fitted to data, scored with several seeds: a table for each file of records."""
+    parts = [
+        "# Methods fitted to data: results\n\n"
+        "Written by `make docs` from the records in `benchmarks/results`.  Mean accuracy over the tasks' `test` sets in percent,\n"
+        "± its standard deviation over seeds (which fix batches and masks; base, experts and tasks are the same).  Seconds are of\n"
+        "the fit, the merge and the scoring; `fusion.md` says on what machine.\n"
+    ]
+    for path in sorted(RESULTS.glob("*-fitted.jsonl")):
+        runs: dict[tuple[str, str], dict[int, record.Record]] = {}
+        for found in record.load(path):
+            if found.task == "mean":
+                runs.setdefault((found.method, found.protocol), {})[found.seed] = found
+        parts.append(f"## {path.name.removesuffix('-fitted.jsonl')}\n")
+        lines = ["| method | protocol | mean | ± sd | seeds | seconds | peak MiB |", "|---|---|---:|---:|---:|---:|---:|"]
+        for (method, protocol), by_seed in sorted(runs.items(), key=lambda run: -_mean(run[1])):
+            values = [100 * r.value for r in by_seed.values()]
+            deviation = f"{statistics.stdev(values):.1f}" if len(values) > 1 else "–"
+            seconds = statistics.median(r.wall_s for r in by_seed.values())
+            peak = max(r.peak_rss_bytes for r in by_seed.values()) / 2**20
+            cells = [
+                method,
+                protocol,
+                f"{statistics.mean(values):.1f}",
+                deviation,
+                len(values),
+                f"{seconds:.0f}",
+                f"{peak:.0f}",
+            ]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _mean(by_seed: dict[int, record.Record]) -> float:
+    return statistics.mean(r.value for r in by_seed.values())
+
+
 def cli_page() -> str:
     """The help of every command."""
     parts = ["# Command line\n\nWritten by `make docs` from `--help`.\n"]
@@ -53,7 +93,7 @@ def _commands(app: typer.Typer) -> list[list[str]]:
 def main() -> int:
     """Write the pages, or compare them."""
     stale = 0
-    for name, text in (("methods.md", methods_page()), ("cli.md", cli_page())):
+    for name, text in (("methods.md", methods_page()), ("cli.md", cli_page()), ("fitted.md", fitted_page())):
         path = DOCS / name
         if "--check" not in sys.argv:
             path.write_text(text, encoding="utf-8")
