@@ -40,9 +40,9 @@ def fitted_page() -> str:
     """Methods that are fitted to data, scored with several seeds: a table for each file of records."""
     parts = [
         "# Methods fitted to data: results\n\n"
-        "Written by `make docs` from the records in `benchmarks/results`.  Mean accuracy over the tasks' `test` sets in percent,\n"
-        "± its standard deviation over seeds (which fix batches and masks; base, experts and tasks are the same).  Seconds are of\n"
-        "the fit, the merge and the scoring; `fusion.md` says on what machine.\n"
+        "Written by `make docs` from the records in `benchmarks/results`.  Mean accuracy over the tasks' `test` sets in\n"
+        "percent, ± its standard deviation over seeds (which fix batches and masks; base, experts and tasks are the same).\n"
+        "Seconds are of the fit, the merge and the scoring; `fusion.md` says on what machine.\n"
     ]
     for path in sorted(RESULTS.glob("*-fitted.jsonl")):
         runs: dict[tuple[str, str], dict[int, record.Record]] = {}

@@ -1,0 +1,93 @@
+"""Recipes of fitted methods on the command line: fuse, apply again, interrupt, refuse."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from eutectic import cli, errors
+from eutectic.bench import zoo
+from eutectic.checkpoint.folder import open_folder
+from eutectic.checkpoint.hashed import fingerprint
+from eutectic.fusion import _fit
+
+RECIPE = "method: {method}\nsuite: mini\nexperts: [digits8, letters]\nparameters: {{{parameters}}}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(method="adamerging", parameters="steps: 2, batch_size: 2", name="recipe.yaml", text=RECIPE, more=""):
+        path = tmp_path / name
+        path.write_text(text.format(method=method, parameters=parameters) + more)
+        return path
+
+    return write
+
+
+def run(*arguments):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.mark.parametrize("method", ["adamerging", "concrete_task_arithmetic"])
+def test_what_fuse_wrote_merge_writes_again_from_its_artefact(recipe, tmp_path, method):
+    assert run("fuse", recipe(method), tmp_path / "out").exit_code == 0
+    about = json.loads((tmp_path / "out" / "artefact" / "artefact.json").read_text())
+    assert about["method"] == method
+    assert about["protocol"] == "inductive"
+    assert about["tasks"] == ["letters", "digits8"]  # in the suite's order
+    assert not list(tmp_path.glob(".out*"))
+    again = recipe(method, "", "again.yaml", RECIPE.replace("parameters: {{{parameters}}}\n", ""), "artefact: out\n")
+    assert run("merge", again, tmp_path / "again").exit_code == 0
+    assert fingerprint(open_folder(tmp_path / "again")) == fingerprint(open_folder(tmp_path / "out"))
+
+
+def test_an_interrupted_fit_is_carried_on_to_the_same_bits(recipe, tmp_path, monkeypatch):
+    path = recipe(parameters="steps: 4, batch_size: 2")
+    monkeypatch.setattr(_fit, "EVERY", 2)
+    assert run("fuse", path, tmp_path / "whole").exit_code == 0
+    backward, steps = _fit.backward, []
+
+    def stopping(network, batches, step, loss, run):
+        steps.append(step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return backward(network, batches, step, loss, run)
+
+    monkeypatch.setattr("eutectic.fusion._coefficients.backward", stopping)
+    assert run("fuse", path, tmp_path / "out").exit_code != 0
+    assert run("fuse", path, tmp_path / "out").exit_code == 0
+    assert steps == [0, 1, 2, 3, 2, 3]
+    assert fingerprint(open_folder(tmp_path / "out")) == fingerprint(open_folder(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("recipe_of", "command", "error", "says"),
+    [
+        ({"method": "adamergin"}, "fuse", errors.UnknownNameError, "Did you mean 'adamerging'"),
+        ({"parameters": "stepps: 1"}, "fuse", errors.ParameterError, r"recipe.yaml:4: .*Did you mean 'steps'"),
+        ({"method": "ties", "parameters": ""}, "fuse", errors.RecipeError, "`eutectic merge` runs"),
+        ({}, "merge", errors.RecipeError, "`eutectic fuse` does so"),
+        ({"more": "artefact: nowhere\n"}, "merge", errors.CheckpointError, "nowhere.artefact.json: no artefact"),
+        ({"more": "artefact: nowhere\n"}, "fuse", errors.RecipeError, "fitted already"),
+        ({"more": "dtype: bfloat16\n"}, "fuse", errors.RecipeError, "recipe.yaml:5: .*leave out `dtype`"),
+        ({"method": "ties", "parameters": "", "more": "tasks: mini\n"}, "merge", errors.RecipeError, "leave out `tasks`"),
+    ],
+)
+def test_what_cannot_be_fused_is_refused_and_nothing_is_left(recipe, tmp_path, recipe_of, command, error, says):
+    path = recipe(**recipe_of)
+    with pytest.raises(error, match=says):
+        run(command, path, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml"]
+
+
+def test_models_by_path_with_the_tasks_of_a_suite(tmp_path):
+    mini, path = zoo.packaged(), tmp_path / "recipe.yaml"
+    path.write_text(
+        f"method: adamerging\nbase: {mini / 'base'}\nexperts: {{letters: {mini / 'experts' / 'letters'}}}\n"
+        "tasks: mini\nparameters: {steps: 1, batch_size: 1}\n"
+    )
+    assert run("fuse", path, tmp_path / "out").exit_code == 0
+    assert json.loads((tmp_path / "out" / "artefact" / "artefact.json").read_text())["tasks"] == ["letters"]
