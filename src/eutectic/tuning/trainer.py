@@ -19,7 +19,7 @@ class Training:
 
     ``lr`` is the peak of a one-cycle schedule over ``steps`` AdamW steps of ``batch_size`` samples.  ``rank`` 0 tunes all
     weights, else adapters of that rank with ``alpha``.  ``shift`` moves each batch of images by up to so many pixels.
-    Forward and backward run in bfloat16 autocast, the weights stay float32.
+    Forward and backward run in bfloat16 where the processor has instructions for it, the weights stay float32.
     """
 
     steps: int
@@ -68,7 +68,7 @@ def _train(
         inputs, labels = train.take(index)
         if training.shift:
             inputs = _shifted(inputs, training.shift, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
             features = backbone(inputs)
         loss = F.cross_entropy(head(features.float()), labels)
         optimiser.zero_grad()
@@ -76,6 +76,11 @@ def _train(
         optimiser.step()
         schedule.step()
         progress(step, loss.item())
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has matrix instructions for bfloat16; without them it is several times slower than float32."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def _shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
