@@ -6,14 +6,15 @@ One logit xⱼ for each weight.  A sample is m = σ((x + log u − log(1 − u))
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from eutectic.checkpoint.base import Memory
 from eutectic.errors import LayoutError
-from eutectic.fusion._coefficients import Per
+from eutectic.fusion._coefficients import Per, facts, weighted
 from eutectic.fusion._fit import (
     Batches,
     Descended,
@@ -24,8 +25,10 @@ from eutectic.fusion._fit import (
     held_out_loss,
     mean_over_processes,
 )
-from eutectic.fusion._fusion import Run
+from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._weighted import Weighted
+from eutectic.merge.view import Merged
+from eutectic.task import Task
 
 Export = Literal["mean", "hard", "sample"]
 #: a mask that keeps less of a tensor is not scaled up any further
@@ -79,6 +82,36 @@ def exported(logits: Sequence[Tensor], how: Export, temperature: float, seed: in
 def named(equation: Weighted, masks: Sequence[Tensor]) -> dict[str, Tensor]:
     """Masks by the names that an artefact has for them, in half precision."""
     return {f"mask.{site.name}": mask.half().cpu() for site, mask in zip(equation.sites, masks, strict=True)}
+
+
+def masked(
+    loss_of: Callable[[ModelSet, Sequence[Task], Run], Loss],
+    *,
+    steps: int,
+    lr: float,
+    temperature: float,
+    batch_size: int,
+    patience: int,
+    export: Export,
+    method: str,
+    parameters: Mapping[str, Any] | None,
+) -> Fusion:
+    """The fusion that masks a merge, for the loss that ``loss_of`` makes of the models and tasks."""
+
+    def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
+        batches = Batches(run, tasks, batch_size)
+        loss = loss_of(models, tasks, run)
+        merged = Merged(method, models.base, models.experts, parameters or {})
+        equation = Weighted(models.network, models.base, {"merge": merged}, fixed=[1.0])
+        mask = ConcreteMask(equation, temperature, run.seed)
+        start = torch.ones(equation.shape, dtype=torch.float64)
+        found = fit_mask(mask, start, batches, loss, run, steps=steps, lr=lr, inner_lr=0.0, patience=patience)
+        mask.logits = found.tensors
+        masks = exported(list(mask.logits.values()), export, temperature, run.seed)
+        about = facts(equation, method, merged.parameters) | {"history": found.history, "density": mask.density()}
+        return Artefact(Memory(named(equation, masks)), about)
+
+    return Fusion(fit, weighted)
 
 
 class ConcreteMask:

@@ -15,9 +15,9 @@ REFERENCE = "Yang et al., AdaMerging: Adaptive model merging for multi-task lear
 def adamerging(
     per: Per = "tensor",
     init: Finite = 0.3,
-    steps: Count = 300,
-    lr: Positive = 1e-3,
-    batch_size: Count = 16,
+    steps: Count = 100,
+    lr: Positive = 3e-3,
+    batch_size: Count = 8,
     patience: Count = 5,
     method: str = "task_arithmetic",
     parameters: dict[str, Any] | None = None,

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from eutectic.checkpoint.base import Memory
-from eutectic.fusion._coefficients import facts, weighted
-from eutectic.fusion._concrete import ConcreteMask, Export, exported, fit_mask, named
-from eutectic.fusion._fit import Batches
-from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
+from eutectic.fusion._concrete import Export, masked
+from eutectic.fusion._fusion import Fusion
 from eutectic.fusion._losses import entropy
-from eutectic.fusion._weighted import Weighted
-from eutectic.merge.view import Merged
 from eutectic.methods._method import Count, Positive
-from eutectic.task import Task
 
 REFERENCE = "Tang et al., Concrete subspace learning based interference elimination, 2023, arXiv:2312.06173"
 
 
 def concrete_task_arithmetic(
-    steps: Count = 300,
-    lr: Positive = 1e-2,
+    steps: Count = 100,
+    lr: Positive = 2e-3,
     temperature: Positive = 0.5,
-    batch_size: Count = 16,
+    batch_size: Count = 8,
     patience: Count = 5,
     export: Export = "mean",
     method: str = "task_arithmetic",
@@ -49,16 +40,14 @@ def concrete_task_arithmetic(
     it is used, in that it adapts on inputs that are not those of the test, stops early, and that m̂ ≤ 1,000.
     """
 
-    def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
-        batches = Batches(run, tasks, batch_size)
-        merged = Merged(method, models.base, models.experts, parameters or {})
-        equation = Weighted(models.network, models.base, {"merge": merged}, fixed=[1.0])
-        mask = ConcreteMask(equation, temperature, run.seed)
-        start = torch.ones(equation.shape, dtype=torch.float64)
-        found = fit_mask(mask, start, batches, entropy, run, steps=steps, lr=lr, inner_lr=0.0, patience=patience)
-        mask.logits = found.tensors
-        masks = exported(list(mask.logits.values()), export, temperature, run.seed)
-        about = facts(equation, method, merged.parameters) | {"history": found.history, "density": mask.density()}
-        return Artefact(Memory(named(equation, masks)), about)
-
-    return Fusion(fit, weighted)
+    return masked(
+        lambda models, tasks, run: entropy,
+        steps=steps,
+        lr=lr,
+        temperature=temperature,
+        batch_size=batch_size,
+        patience=patience,
+        export=export,
+        method=method,
+        parameters=parameters,
+    )

@@ -15,9 +15,9 @@ REFERENCE = "Chen et al., SAMerging, 2025, arXiv:2512.21288; Jung et al., SyMerg
 def expert_adamerging(
     per: Per = "tensor",
     init: Finite = 0.3,
-    steps: Count = 300,
+    steps: Count = 100,
     lr: Positive = 1e-2,
-    batch_size: Count = 16,
+    batch_size: Count = 8,
     patience: Count = 5,
     method: str = "task_arithmetic",
     parameters: dict[str, Any] | None = None,
