@@ -39,7 +39,6 @@ def concrete_task_arithmetic(
     Source: Tang et al., 2023, arXiv:2312.06173, algorithm 1.  Differs from the paper in that the mask is no random sample when
     it is used, in that it adapts on inputs that are not those of the test, stops early, and that m̂ ≤ 1,000.
     """
-
     return masked(
         lambda models, tasks, run: entropy,
         steps=steps,

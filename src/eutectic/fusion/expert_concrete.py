@@ -1,4 +1,4 @@
-"""A Concrete mask taught by the experts: one learned mask on a merge, under which it predicts what each task's expert predicts."""
+"""A Concrete mask taught by the experts: under it a merge predicts what each task's expert predicts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def expert_concrete(
     method: str = "task_arithmetic",
     parameters: dict[str, Any] | None = None,
 ) -> Fusion:
-    """Learn one mask, shared by the experts, under which a merge predicts on unlabelled inputs what each task's expert predicts.
+    """Learn one mask, shared by the experts, under which a merge predicts what each task's expert does on unlabelled inputs.
 
         θ = θ₀ + m̂(x) ⊙ (merge(θ₀, θ₁ … θ_K) − θ₀),        min_x  Σₖ  mean  KL( p(· | θₖ) ‖ p(· | θ) )
 
@@ -41,8 +41,8 @@ def expert_concrete(
         method: the merge that is masked.
         parameters: of that method.
 
-    Source: the mask is that of Tang et al., 2023, arXiv:2312.06173, the teachers are those of Chen et al., 2025, arXiv:2512.21288.
-    Differs from both in the combination; from the first as ``concrete_task_arithmetic`` does.
+    Source: the mask is that of Tang et al., 2023, arXiv:2312.06173, the teachers are those of Chen et al., 2025,
+    arXiv:2512.21288.  Differs from both in the combination; from the first as ``concrete_task_arithmetic`` does.
     """
     return masked(
         lambda models, tasks, run: divergence_from(expert_outputs(models, tasks, run)),
