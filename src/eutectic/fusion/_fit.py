@@ -158,6 +158,8 @@ def descend(
         loss, found = gradients(step)
         for name, tensor in tensors.items():
             tensor.grad = mean_over_processes(found[name].to(tensor))
+            if not torch.isfinite(tensor.grad).all():
+                raise NonFiniteError(f"{what}, step {step}: the loss is finite, but its gradient by {name!r} is not")
         optimiser.step()
         run.progress(what, step + 1, steps)
         if (step + 1) % EVERY == 0 or step + 1 == steps:
