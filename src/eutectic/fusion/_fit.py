@@ -111,10 +111,13 @@ def held_out_loss(network: nn.Module, batches: Batches, loss: Loss, run: Run) ->
 
 
 class Descended(NamedTuple):
-    """The best state by the held-out loss (the last one if nothing is held out), and (step, loss, held-out loss) lines."""
+    """The best state by the held-out loss (the last one if nothing is held out), and (step, loss, held-out loss) lines.
+
+    A line has None for a loss that was not taken, or was not finite.
+    """
 
     tensors: dict[str, Tensor]
-    history: list[tuple[int, float, float]]
+    history: list[tuple[int, float | None, float | None]]
 
 
 def descend(
@@ -164,7 +167,12 @@ def descend(
         run.progress(what, step + 1, steps)
         if (step + 1) % EVERY == 0 or step + 1 == steps:
             look(step + 1, loss)
-    return Descended(best, history)
+    return Descended(best, [(step, _finite(loss), _finite(value)) for step, loss, value in history])
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def _worse_for(history: Sequence[tuple[int, float, float]]) -> int:
@@ -184,7 +192,7 @@ def _keep(
     found = {f"now/{name}": tensor for name, tensor in tensors.items()} | {f"best/{name}": t for name, t in best.items()}
     for at, moments in optimiser.state_dict()["state"].items():
         found |= {f"{moment}/{list(tensors)[at]}": value for moment, value in moments.items()}
-    said = {"step": step, "history": [[s, str(loss), str(value)] for s, loss, value in history]}  # JSON has no NaN
+    said = {"step": step, "history": [[s, str(loss), str(value)] for s, loss, value in history]}
     with published(folder, replace=True) as partial:
         save_tensors(Memory({name: tensor.cpu() for name, tensor in found.items()}), partial)
         (partial / _STATE).write_text(json.dumps(said), encoding="utf-8")
