@@ -145,7 +145,8 @@ def descend(
     first = _resume(path, tensors, best, optimiser, history) if path is not None and path.exists() else 0
 
     def look(step: int, loss: float) -> None:
-        value = criterion()
+        # processes whose sums round differently must still agree on when to stop
+        value = float(mean_over_processes(torch.tensor(criterion(), dtype=torch.float64)))
         if not history or not value >= min(line[2] for line in history):
             for name, tensor in tensors.items():
                 best[name].copy_(tensor)
@@ -227,7 +228,8 @@ def processes(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
         yield
         return
-    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    # coefficients stay on the processor wherever the network is
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
         yield
     finally:
