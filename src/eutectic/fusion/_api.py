@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from eutectic import record, registry
@@ -60,9 +62,20 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
         key = hashlib.sha256(json.dumps([about, run.autocast, run.device], sort_keys=True).encode()).hexdigest()
         run = run.within(run.folder / key[:16])
     models.network.eval()
-    with processes(run.device):
+    with processes(run.device), _lent(models.network), torch.enable_grad():
         found = fusion.fit(models, tasks, run)
     return Artefact(found.tensors, about | dict(found.about))
+
+
+@contextlib.contextmanager
+def _lent(network: nn.Module) -> Iterator[None]:
+    """Which parameters are trained may be changed inside; gradients that are left are dropped."""
+    flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag).grad = None
 
 
 def fused(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Composed:
