@@ -20,6 +20,7 @@ from eutectic.checkpoint.hashed import fingerprint
 from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.save import Progress, save_tensors, silent
+from eutectic.checkpoint.spec import require_same_layout
 from eutectic.errors import CheckpointError, LayoutError, TaskError
 from eutectic.fusion._fit import processes
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Protocol, Run
@@ -44,10 +45,7 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
     Raises LayoutError for experts that do not fit the base, TaskError, ParameterError, NonFiniteError.
     """
     fusion = method(name, parameters)
-    if not tasks:
-        raise TaskError(f"{name}: there are no tasks to adapt to")
-    if not models.experts:
-        raise LayoutError(f"{name}: no experts were given; name at least 1")
+    _require_fitting(name, models, tasks)
     hashes = {"base": fingerprint(models.base)} | {f"experts.{n}": fingerprint(c) for n, c in models.experts.items()}
     about = {
         "method": name,
@@ -65,6 +63,22 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
     with processes(run.device), _lent(models.network), torch.enable_grad():
         found = fusion.fit(models, tasks, run)
     return Artefact(found.tensors, about | dict(found.about))
+
+
+def _require_fitting(name: str, models: ModelSet, tasks: Sequence[Task]) -> None:
+    """Refuse at once what would be refused after minutes, or never."""
+    if not tasks:
+        raise TaskError(f"{name}: there are no tasks to adapt to")
+    names = [task.name for task in tasks]
+    twice = next((task for task in names if names.count(task) > 1), None)
+    if twice is not None:
+        raise TaskError(f"{name}: two tasks are called {twice!r}")
+    if not models.experts:
+        raise LayoutError(f"{name}: no experts were given; name at least 1")
+    if "base" in models.experts:
+        raise LayoutError("an expert cannot be called 'base'")
+    for expert, weights in models.experts.items():
+        require_same_layout(models.base.specs, weights.specs, "the base", f"expert {expert!r} ({weights.origin})")
 
 
 @contextlib.contextmanager
@@ -90,11 +104,8 @@ def fused(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefac
     for name, model in given.items():
         if fingerprint(model) != about["models"][name]:
             raise CheckpointError(f"{model.origin}: is not the {name} that the artefact was fitted for (the hashes differ)")
-    inputs = {"base": base} | dict(experts)
-    if len(inputs) <= len(experts):
-        raise LayoutError("an expert cannot be called 'base'")
     bound = method(about["method"], about["parameters"])
-    return Composed(inputs, functools.partial(_outcome, bound, artefact), method=about["method"])
+    return Composed({"base": base} | dict(experts), functools.partial(_outcome, bound, artefact), method=about["method"])
 
 
 def _outcome(bound: Fusion, artefact: Artefact, inputs: Mapping[str, Checkpoint]) -> Outcome:

@@ -22,7 +22,7 @@ from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.save import save_tensors
-from eutectic.errors import NonFiniteError, ParameterError
+from eutectic.errors import NonFiniteError, ParameterError, TaskError
 from eutectic.fusion._fusion import Run
 from eutectic.task import Arrays, Task
 
@@ -83,7 +83,7 @@ def generator(*key: object) -> torch.Generator:
 def backward(network: nn.Module, batches: Batches, step: int, loss: Loss, run: Run) -> float:
     """Add ∂L/∂θ of a step to the network's gradients, task after task; returns L, the sum over tasks.
 
-    Raises NonFiniteError naming the task and step.
+    Raises NonFiniteError naming the task and step, TaskError for a task whose loss depends on nothing that is fitted.
     """
     total = 0.0
     for task in batches.tasks:
@@ -91,6 +91,8 @@ def backward(network: nn.Module, batches: Batches, step: int, loss: Loss, run: R
         value = loss(task, run.forward(network, task, batches.inputs(task, index)), index)
         if not torch.isfinite(value):
             raise NonFiniteError(f"task {task.name!r}, step {step}: the loss is {value.item()}")
+        if not value.requires_grad:
+            raise TaskError(f"task {task.name!r}: its loss has no gradient by what is fitted; does its head cut the graph?")
         value.backward()
         total += value.item()
     return float(mean_over_processes(torch.tensor(total, dtype=torch.float64)))
