@@ -176,6 +176,7 @@ def load_artefact(folder: Path) -> Artefact:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / _ABOUT}: no artefact of a fusion: {error}") from None
-    if not isinstance(about, dict) or not {"method", "parameters", "models"} <= about.keys():
-        raise CheckpointError(f"{folder / _ABOUT}: lacks a method, parameters or models")
-    return Artefact(SafetensorsFile(folder / "model.safetensors"), about)
+    match about:
+        case {"method": str(), "parameters": dict(), "models": dict()}:
+            return Artefact(SafetensorsFile(folder / "model.safetensors"), about)
+    raise CheckpointError(f"{folder / _ABOUT}: lacks a method, parameters or models")
