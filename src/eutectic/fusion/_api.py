@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from eutectic import record, registry
@@ -18,6 +20,7 @@ from eutectic.checkpoint.hashed import fingerprint
 from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.save import Progress, save_tensors, silent
+from eutectic.checkpoint.spec import require_same_layout
 from eutectic.errors import CheckpointError, LayoutError, TaskError
 from eutectic.fusion._fit import processes
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Protocol, Run
@@ -42,10 +45,7 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
     Raises LayoutError for experts that do not fit the base, TaskError, ParameterError, NonFiniteError.
     """
     fusion = method(name, parameters)
-    if not tasks:
-        raise TaskError(f"{name}: there are no tasks to adapt to")
-    if not models.experts:
-        raise LayoutError(f"{name}: no experts were given; name at least 1")
+    _require_fitting(name, models, tasks)
     hashes = {"base": fingerprint(models.base)} | {f"experts.{n}": fingerprint(c) for n, c in models.experts.items()}
     about = {
         "method": name,
@@ -60,9 +60,36 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
         key = hashlib.sha256(json.dumps([about, run.autocast, run.device], sort_keys=True).encode()).hexdigest()
         run = run.within(run.folder / key[:16])
     models.network.eval()
-    with processes(run.device):
+    with processes(run.device), _lent(models.network), torch.enable_grad():
         found = fusion.fit(models, tasks, run)
     return Artefact(found.tensors, about | dict(found.about))
+
+
+def _require_fitting(name: str, models: ModelSet, tasks: Sequence[Task]) -> None:
+    """Refuse at once what would be refused after minutes, or never."""
+    if not tasks:
+        raise TaskError(f"{name}: there are no tasks to adapt to")
+    names = [task.name for task in tasks]
+    twice = next((task for task in names if names.count(task) > 1), None)
+    if twice is not None:
+        raise TaskError(f"{name}: two tasks are called {twice!r}")
+    if not models.experts:
+        raise LayoutError(f"{name}: no experts were given; name at least 1")
+    if "base" in models.experts:
+        raise LayoutError("an expert cannot be called 'base'")
+    for expert, weights in models.experts.items():
+        require_same_layout(models.base.specs, weights.specs, "the base", f"expert {expert!r} ({weights.origin})")
+
+
+@contextlib.contextmanager
+def _lent(network: nn.Module) -> Iterator[None]:
+    """Which parameters are trained may be changed inside; gradients that are left are dropped."""
+    flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag).grad = None
 
 
 def fused(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Composed:
@@ -77,11 +104,8 @@ def fused(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefac
     for name, model in given.items():
         if fingerprint(model) != about["models"][name]:
             raise CheckpointError(f"{model.origin}: is not the {name} that the artefact was fitted for (the hashes differ)")
-    inputs = {"base": base} | dict(experts)
-    if len(inputs) <= len(experts):
-        raise LayoutError("an expert cannot be called 'base'")
     bound = method(about["method"], about["parameters"])
-    return Composed(inputs, functools.partial(_outcome, bound, artefact), method=about["method"])
+    return Composed({"base": base} | dict(experts), functools.partial(_outcome, bound, artefact), method=about["method"])
 
 
 def _outcome(bound: Fusion, artefact: Artefact, inputs: Mapping[str, Checkpoint]) -> Outcome:
@@ -152,6 +176,7 @@ def load_artefact(folder: Path) -> Artefact:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / _ABOUT}: no artefact of a fusion: {error}") from None
-    if not isinstance(about, dict) or not {"method", "parameters", "models"} <= about.keys():
-        raise CheckpointError(f"{folder / _ABOUT}: lacks a method, parameters or models")
-    return Artefact(SafetensorsFile(folder / "model.safetensors"), about)
+    match about:
+        case {"method": str(), "parameters": dict(), "models": dict()}:
+            return Artefact(SafetensorsFile(folder / "model.safetensors"), about)
+    raise CheckpointError(f"{folder / _ABOUT}: lacks a method, parameters or models")

@@ -13,7 +13,7 @@ from eutectic import registry
 from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.checkpoint.spec import Layout, TensorSpec
 from eutectic.checkpoint.views import Masked
-from eutectic.errors import ParameterError
+from eutectic.errors import CheckpointError, ParameterError
 from eutectic.fusion._fit import Batches, Descended, Loss, backward, descend, held_out_loss
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._weighted import Weighted
@@ -130,11 +130,18 @@ def weighted(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Arte
     """The merge that an artefact describes: by ``weights`` ``[K, L]``, if it has them, and under ``mask.NAME``, if it has any.
 
     Tensors that are no site are merged with weights of 1 / K each.  Another method than task arithmetic is run once for each
-    expert, to have what it makes of that one.
+    expert, to have what it makes of that one.  Raises CheckpointError if the artefact's facts and tensors do not fit.
     """
-    over, names, tensors = artefact.about["over"], artefact.about["names"], artefact.tensors
-    method, parameters, inputs, overrides = over["method"], over["parameters"], dict(experts), []
+    tensors, inputs, overrides = artefact.tensors, dict(experts), []
+    match artefact.about:
+        case {"over": {"method": str(method), "parameters": dict(parameters)}, "names": list(names)}:
+            pass
+        case _:
+            raise CheckpointError(f"{tensors.origin}: the artefact's facts lack `over` or `names`")
     if "weights" in tensors.specs:
+        found, wanted = tensors.specs["weights"], (len(experts), len(names))
+        if found.shape != wanted:
+            raise CheckpointError(f"{tensors.origin}: `weights` is {found}, not one for each expert and tensor, {list(wanted)}")
         inputs = vectors(method, parameters, base, experts)
         method, parameters = "task_arithmetic", {"scale": 1.0, "weights": [1 / len(experts)] * len(experts)}
         columns = tensors.read("weights").double().T.tolist()

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.base import Memory
-from eutectic.errors import LayoutError
 from eutectic.fusion._coefficients import Per, facts, weighted
 from eutectic.fusion._fit import (
     Batches,
@@ -118,9 +117,7 @@ class ConcreteMask:
     """The logits of every site, with samples and gradients for a fit."""
 
     def __init__(self, equation: Weighted, temperature: float, seed: int) -> None:
-        """All logits 0.  Raises LayoutError if no expert differs from the base."""
-        if not equation.sites:
-            raise LayoutError("no expert differs from the base in what can be trained, so there is nothing to mask")
+        """All logits 0."""
         self.equation, self.temperature, self._seed = equation, temperature, seed
         self.logits = {site.name: torch.zeros_like(site.base) for site in equation.sites}
         self._means: list[float] = []

@@ -22,7 +22,7 @@ from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.save import save_tensors
-from eutectic.errors import NonFiniteError, ParameterError
+from eutectic.errors import NonFiniteError, ParameterError, TaskError
 from eutectic.fusion._fusion import Run
 from eutectic.task import Arrays, Task
 
@@ -83,7 +83,7 @@ def generator(*key: object) -> torch.Generator:
 def backward(network: nn.Module, batches: Batches, step: int, loss: Loss, run: Run) -> float:
     """Add ∂L/∂θ of a step to the network's gradients, task after task; returns L, the sum over tasks.
 
-    Raises NonFiniteError naming the task and step.
+    Raises NonFiniteError naming the task and step, TaskError for a task whose loss depends on nothing that is fitted.
     """
     total = 0.0
     for task in batches.tasks:
@@ -91,6 +91,8 @@ def backward(network: nn.Module, batches: Batches, step: int, loss: Loss, run: R
         value = loss(task, run.forward(network, task, batches.inputs(task, index)), index)
         if not torch.isfinite(value):
             raise NonFiniteError(f"task {task.name!r}, step {step}: the loss is {value.item()}")
+        if not value.requires_grad:
+            raise TaskError(f"task {task.name!r}: its loss has no gradient by what is fitted; does its head cut the graph?")
         value.backward()
         total += value.item()
     return float(mean_over_processes(torch.tensor(total, dtype=torch.float64)))
@@ -111,10 +113,13 @@ def held_out_loss(network: nn.Module, batches: Batches, loss: Loss, run: Run) ->
 
 
 class Descended(NamedTuple):
-    """The best state by the held-out loss (the last one if nothing is held out), and (step, loss, held-out loss) lines."""
+    """The best state by the held-out loss (the last one if nothing is held out), and (step, loss, held-out loss) lines.
+
+    A line has None for a loss that was not taken, or was not finite.
+    """
 
     tensors: dict[str, Tensor]
-    history: list[tuple[int, float, float]]
+    history: list[tuple[int, float | None, float | None]]
 
 
 def descend(
@@ -142,7 +147,8 @@ def descend(
     first = _resume(path, tensors, best, optimiser, history) if path is not None and path.exists() else 0
 
     def look(step: int, loss: float) -> None:
-        value = criterion()
+        # processes whose sums round differently must still agree on when to stop
+        value = float(mean_over_processes(torch.tensor(criterion(), dtype=torch.float64)))
         if not history or not value >= min(line[2] for line in history):
             for name, tensor in tensors.items():
                 best[name].copy_(tensor)
@@ -158,11 +164,18 @@ def descend(
         loss, found = gradients(step)
         for name, tensor in tensors.items():
             tensor.grad = mean_over_processes(found[name].to(tensor))
+            if not torch.isfinite(tensor.grad).all():
+                raise NonFiniteError(f"{what}, step {step}: the loss is finite, but its gradient by {name!r} is not")
         optimiser.step()
         run.progress(what, step + 1, steps)
         if (step + 1) % EVERY == 0 or step + 1 == steps:
             look(step + 1, loss)
-    return Descended(best, history)
+    return Descended(best, [(step, _finite(loss), _finite(value)) for step, loss, value in history])
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def _worse_for(history: Sequence[tuple[int, float, float]]) -> int:
@@ -182,7 +195,7 @@ def _keep(
     found = {f"now/{name}": tensor for name, tensor in tensors.items()} | {f"best/{name}": t for name, t in best.items()}
     for at, moments in optimiser.state_dict()["state"].items():
         found |= {f"{moment}/{list(tensors)[at]}": value for moment, value in moments.items()}
-    said = {"step": step, "history": [[s, str(loss), str(value)] for s, loss, value in history]}  # JSON has no NaN
+    said = {"step": step, "history": [[s, str(loss), str(value)] for s, loss, value in history]}
     with published(folder, replace=True) as partial:
         save_tensors(Memory({name: tensor.cpu() for name, tensor in found.items()}), partial)
         (partial / _STATE).write_text(json.dumps(said), encoding="utf-8")
@@ -217,7 +230,8 @@ def processes(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
         yield
         return
-    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    # coefficients stay on the processor wherever the network is
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
         yield
     finally:

@@ -38,7 +38,7 @@ class Weighted:
 
     ``sites`` are the parameters that require a gradient and that some expert changed, in the network's order.  What else the
     experts changed (buffers, frozen parameters) is set once, with the given fixed weights, and is no site.  Tied parameters
-    are one site.
+    are one site.  What is no site requires no gradient any more, so that none is computed.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Weighted:
         """Read θ₀ and the experts; ``fixed`` are the weights of what is no site, 1 / K each by default.
 
         ``storage`` holds the task vectors; sums are float32, or float64 in a float64 network.  Raises LayoutError if a
-        parameter is in no checkpoint, NonFiniteError naming an expert and tensor that hold a NaN or Inf.
+        parameter is in no checkpoint or there is no site, NonFiniteError naming an expert and tensor that hold a NaN or Inf.
         """
         self.network = network
         self.names = list(vectors)
@@ -70,16 +70,20 @@ class Weighted:
             known = [name for name in group if name in base.specs]
             if not known:
                 raise LayoutError(f"the network has {group[0]!r}, which {base.origin} lacks: is it another network's base?")
-            site = self._site(known, tensors[group[0]], base, vectors, storage)
-            if site is None:
-                continue
-            if isinstance(site.parameter, nn.Parameter) and site.parameter.requires_grad:
+            tensor = tensors[group[0]]
+            site = self._site(known, tensor, base, vectors, storage)
+            if site is not None and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
                 self.sites.append(site)
+                continue
+            tensor.requires_grad_(False)
+            if site is None:
                 continue
             self.fixed += known
             weights = torch.tensor(fixed, dtype=site.base.dtype, device=site.base.device)
             with torch.no_grad():
                 site.parameter.copy_(site.base.add(_total(site.vectors_K, weights)).view(site.parameter.shape))
+        if not self.sites:
+            raise LayoutError("no expert differs from the base in what can be trained, so there is nothing to fit")
 
     @property
     def shape(self) -> tuple[int, int]:
