@@ -17,7 +17,7 @@ REFERENCE = (
 
 def expert_concrete(
     steps: Count = 100,
-    lr: Positive = 1e-2,
+    lr: Positive = 2e-2,
     temperature: Positive = 0.5,
     batch_size: Count = 8,
     patience: Count = 5,
