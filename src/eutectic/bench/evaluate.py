@@ -118,12 +118,49 @@ def run_method(
     yield dataclasses.replace(mean, wall_s=mean.wall_s + fitted_s)
 
 
-def _candidates(suite: Suite, method: str, candidates: Sequence[Mapping[str, Any]]) -> Iterator[Checkpoint]:
+def choose(
+    suite: Suite,
+    network: nn.Module,
+    method: str,
+    tasks: Sequence[Task],
+    given: Mapping[str, Any],
+    progress: Progress = lambda line: None,
+) -> tuple[Merged, str]:
+    """The merge of the experts of some tasks that does best on their ``val``, and a note that says so.
+
+    What is ``given`` is kept; what else the method's ``GRID`` proposes is searched.  Ties go to the first candidate.
+    """
+    experts = [task.name for task in tasks]
+    candidates: list[dict[str, Any]] = []
+    for proposed in grid(method):
+        candidate = {name: value for name, value in proposed.items() if name not in given}
+        if candidate not in candidates:
+            candidates.append(candidate)
+    chosen, notes = candidates[0], ""
+    if len(candidates) > 1:
+        scores = []
+        for number, merged in enumerate(_candidates(suite, method, candidates, experts, given), start=1):
+            progress(f"{method}: choosing on val, {number} of {len(candidates)}")
+            fill(network, merged)
+            scores.append(sum(task.score(network, "val").value for task in tasks) / len(tasks))
+        chosen = candidates[max(range(len(candidates)), key=scores.__getitem__)]
+        notes = f"{chosen} chosen on val among {len(candidates)} candidates"
+    return merge_suite(suite, method, {**given, **chosen}, experts), notes
+
+
+def _candidates(
+    suite: Suite,
+    method: str,
+    candidates: Sequence[Mapping[str, Any]],
+    experts: list[str] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Iterator[Checkpoint]:
     """The merges to choose among; those that differ in ``scale`` alone, in which every method is linear, share one merge."""
+    given = given or {}
     if any(candidate.keys() != {"scale"} for candidate in candidates):
-        yield from (merge_suite(suite, method, candidate) for candidate in candidates)
+        yield from (merge_suite(suite, method, {**given, **candidate}, experts) for candidate in candidates)
         return
-    whole = Memory(state_dict(merge_suite(suite, method, {"scale": 1.0})))
+    whole = Memory(state_dict(merge_suite(suite, method, {**given, "scale": 1.0}, experts)))
     yield from (Lerp(suite.base, whole, candidate["scale"]) for candidate in candidates)
 
 
