@@ -18,6 +18,7 @@ import typer
 from eutectic.errors import EutecticError
 
 if TYPE_CHECKING:
+    from eutectic.bench.evaluate import Choice
     from eutectic.merge.compose import Composed
     from eutectic.merge.recipe import AnyRecipe
     from eutectic.merge.view import Merged
@@ -251,7 +252,9 @@ def demo(
 def bench(
     suite: Annotated[str, typer.Argument(help="A suite of the zoo, or a folder that holds one.")],
     out: Annotated[Path | None, typer.Option(help="Where records and report go; runs/SUITE by default.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Only this method; may be given several times.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Only this method, as ties or 'ties {density: 0.3}'; may be repeated.")
+    ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Of methods that are fitted; may be given several times.")] = None,
     protocol: Annotated[
         list[Protocol] | None, typer.Option(help="What fitted methods see: adapt's inputs, or test's. May be given twice.")
@@ -341,7 +344,7 @@ def _run(suite: str, out: Path, only: tuple[str, ...] | None, how: dict[str, Any
     from eutectic.checkpoint.writer import explained
 
     opened = open_suite(suite)
-    chosen = only or scoring.applicable(opened)
+    chosen = [_choice(said) for said in only or scoring.applicable(opened)]
     path = out / "records.jsonl"
     partial = path.with_suffix(".partial")
     with explained(out):
@@ -359,6 +362,23 @@ def _run(suite: str, out: Path, only: tuple[str, ...] | None, how: dict[str, Any
     html = out / "report.html"
     html.write_text(reporting.html(records, title=f"{opened.name}: {len(chosen)} ways to fuse its experts"), encoding="utf-8")
     print(f"records: {path}\nreport:  {html}")
+
+
+def _choice(said: str) -> Choice:
+    """A method's name, or one with parameters: ``adamerging {per: task}``."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    from eutectic.bench.evaluate import Choice
+
+    name, _, rest = said.partition(" ")
+    try:
+        given = YAML(typ="safe", pure=True).load(rest) if rest.strip() else {}
+    except YAMLError:
+        given = None
+    if not isinstance(given, dict):
+        raise EutecticError(f"--method {said!r}: write a method's name, or one with parameters, as 'ties {{density: 0.3}}'")
+    return Choice(name, given)
 
 
 def _show(records: list[Record]) -> None:

@@ -128,7 +128,7 @@ def test_suite_recipes_choose_among_the_suites_experts(short):
 
 
 def test_a_run_scores_everything_and_chooses_scalars_on_val_only(short):
-    records = list(scoring.run_suite(short, ["average", "task_arithmetic"]))
+    records = list(scoring.run_suite(short, [scoring.Choice("average"), scoring.Choice("task_arithmetic")]))
     assert [(r.method, r.task) for r in records] == [
         (method, task)
         for method in ("pretrained", "individual", "average", "task_arithmetic")

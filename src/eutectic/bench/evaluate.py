@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -68,9 +68,30 @@ def evaluate(
     return found
 
 
+class Choice(NamedTuple):
+    """A registered method, and parameters of it that are not to be chosen."""
+
+    method: str
+    parameters: Mapping[str, Any] = {}
+
+    @property
+    def label(self) -> str:
+        """What records call it: the method, and the parameters as they were given."""
+        given = ", ".join(f"{key}={value}" for key, value in self.parameters.items())
+        return f"{self.method}({given})" if given else self.method
+
+
+class Made(NamedTuple):
+    """Weights, fields of the records of them, and how long it took to make them."""
+
+    weights: Checkpoint
+    fields: Mapping[str, Any]
+    wall_s: float = 0.0
+
+
 def run_suite(
     suite: Suite,
-    methods: Sequence[str],
+    choices: Sequence[Choice],
     *,
     seeds: Sequence[int] = (0,),
     protocols: Sequence[Protocol] = ("inductive",),
@@ -81,80 +102,96 @@ def run_suite(
     A closed-form method's ``GRID`` is searched on the tasks' ``val`` splits (labelled training images that no expert saw),
     never on ``test``; ties go to the first candidate.  Others are fitted with each of the seeds under each protocol.
     """
-    for method in methods:  # what cannot be fused is refused before an hour of scoring
-        if registry.room_of(method) == "fusion":
-            bound(method, {})
-        else:
-            merge_suite(suite, method, {})
+    require(suite, choices, list(suite.classes))  # what cannot be fused is refused before an hour of scoring
     network = suite.backbone()
-    common: dict[str, Any] = {"suite": suite.name, "seed": 0, "protocol": "inductive"}
-    progress("pretrained")
+    for row in references(suite, suite.tasks):
+        yield from scored(network, row, suite.tasks, progress, {"protocol": "inductive"})
+    for choice in choices:
+        fitted = registry.room_of(choice.method) == "fusion"
+        runs = [Run(seed, protocol) for protocol in protocols for seed in seeds] if fitted else [Run()]
+        for run in runs:
+            made = make(suite, network, suite.tasks, run, progress, choice)
+            yield from scored(network, dict.fromkeys(suite.classes, made), suite.tasks, progress, made.fields)
+
+
+def require(suite: Suite, choices: Sequence[Choice], experts: Sequence[str]) -> None:
+    """Refuse what cannot be fused: UnknownNameError, ParameterError, LayoutError."""
+    for method, parameters in choices:
+        if registry.room_of(method) == "fusion":
+            bound(method, parameters)
+        else:
+            merge_suite(suite, method, parameters, list(experts))
+
+
+def make(suite: Suite, network: nn.Module, tasks: Sequence[Task], run: Run, progress: Progress, choice: Choice) -> Made:
+    """What a method makes of the tasks' experts; it sees these tasks and no other.
+
+    The scalars of a closed form are chosen on ``val``; peak memory counts from here on.
+    """
     record.reset_peak_rss()
-    base = {"base": suite.fingerprints["base"]}
-    yield from _with_mean(evaluate(network, suite.tasks, method="pretrained", inputs=base, **common))
-    individual = []
-    for task in suite.tasks:
-        progress(f"individual: {task.name}")
-        fill(network, suite.expert(task.name))
-        inputs = {task.name: suite.fingerprints[task.name]}
-        individual += evaluate(network, [task], method="individual", inputs=inputs, **common)
-    yield from _with_mean(individual)
-    common["inputs"] = suite.fingerprints
-    for method in methods:
-        if registry.room_of(method) != "fusion":
-            record.reset_peak_rss()
-            yield from run_method(suite, network, method, progress, common)
-            continue
-        for protocol, seed in itertools.product(protocols, seeds):
-            record.reset_peak_rss()
-            told = functools.partial(_told, progress, f"{method}, {protocol}, seed {seed}")
-            run = Run(seed, protocol, progress=told)
-            yield from run_fusion(suite, suite.backbone(), method, {}, run, common)
-
-
-def run_method(
-    suite: Suite, network: nn.Module, method: str, progress: Progress, common: Mapping[str, Any]
-) -> Iterator[Record]:
-    """Choose a method's scalars on ``val``, score it on ``test``; wall times cover choosing and merging too."""
     started = time.perf_counter()
-    candidates = list(grid(method))
-    chosen, notes = candidates[0], ""
-    if len(candidates) > 1:
-        scores = []
-        for number, merged in enumerate(_candidates(suite, method, candidates), start=1):
-            progress(f"{method}: choosing on val, {number} of {len(candidates)}")
-            fill(network, merged)
-            scores.append(sum(task.score(network, "val").value for task in suite.tasks) / len(suite.tasks))
-        chosen = candidates[max(range(len(candidates)), key=scores.__getitem__)]
-        notes = f"{chosen} chosen on val among {len(candidates)} candidates"
-    progress(f"{method}: scoring")
-    merged = merge_suite(suite, method, chosen)
-    fill(network, merged)
-    recipe = Recipe(method=method, suite=suite.name, parameters=merged.parameters)
-    fitted_s = time.perf_counter() - started
-    records = evaluate(
-        network, suite.tasks, method=method, parameters=merged.parameters, recipe_sha256=recipe.sha256(), notes=notes, **common
+    names = [task.name for task in tasks]
+    method, parameters = choice
+    if registry.room_of(method) == "fusion":
+        experts = suite.experts(names)
+        told = functools.partial(_told, progress, f"{choice.label}, {run.protocol}, seed {run.seed}")
+        artefact = fit(
+            method, ModelSet(suite.backbone(), suite.base, experts), tasks, parameters, dataclasses.replace(run, progress=told)
+        )
+        weights, parameters, notes = fused(suite.base, experts, artefact), artefact.about["parameters"], ""
+    else:
+        given = Recipe(method=method, parameters=dict(parameters), seed=run.seed).bound_parameters()
+        weights, notes = choose(suite, network, method, tasks, given, progress)
+        parameters = weights.parameters
+    recipe = Recipe(
+        method=method,
+        suite=suite.name,
+        experts={} if names == list(suite.classes) else {str(at): name for at, name in enumerate(names)},
+        parameters=dict(parameters),
+        seed=run.seed,
+        protocol=run.protocol,
     )
-    *parts, mean = _with_mean(records)
-    yield from parts
-    yield dataclasses.replace(mean, wall_s=mean.wall_s + fitted_s)
+    fields = {"method": choice.label, "parameters": parameters, "recipe_sha256": recipe.sha256(), "notes": notes}
+    fields |= {"seed": run.seed, "protocol": run.protocol, "suite": suite.name}
+    inputs = {name: suite.fingerprints[name] for name in ("base", *names)}
+    return Made(Memory(state_dict(weights)), fields | {"inputs": inputs}, time.perf_counter() - started)
 
 
-def run_fusion(
-    suite: Suite, network: nn.Module, method: str, parameters: Mapping[str, Any], run: Run, common: Mapping[str, Any]
-) -> Iterator[Record]:
-    """Fit a method to a suite's inputs, and score it on ``test``; wall times cover fitting and building too."""
-    started = time.perf_counter()
-    experts = suite.experts()
-    artefact = fit(method, ModelSet(network, suite.base, experts), suite.tasks, parameters, run)
-    fill(network, fused(suite.base, experts, artefact))
-    chosen = artefact.about["parameters"]
-    recipe = Recipe(method=method, suite=suite.name, parameters=chosen, seed=run.seed, protocol=run.protocol)
-    fitted_s = time.perf_counter() - started
-    about: dict[str, Any] = {"seed": run.seed, "protocol": run.protocol, "parameters": chosen, "recipe_sha256": recipe.sha256()}
-    *parts, mean = _with_mean(evaluate(network, suite.tasks, method=method, **{**common, **about}))
-    yield from parts
-    yield dataclasses.replace(mean, wall_s=mean.wall_s + fitted_s)
+def references(suite: Suite, tasks: Sequence[Task]) -> Iterator[dict[str, Made]]:
+    """By task: θ₀, and then the task's own expert."""
+    names = [task.name for task in tasks]
+
+    def known(method: str, name: str, weights: Checkpoint) -> Made:
+        return Made(weights, {"suite": suite.name, "method": method, "inputs": {name: suite.fingerprints[name]}})
+
+    yield dict.fromkeys(names, known("pretrained", "base", suite.base))
+    yield {name: known("individual", name, suite.expert(name)) for name in names}
+
+
+def scored(
+    network: nn.Module,
+    row: Mapping[str, Made],
+    tasks: Sequence[Task],
+    progress: Progress,
+    common: Mapping[str, Any],
+    split: str = "test",
+) -> list[Record]:
+    """A record a task, of the weights that ``row`` has for it, and their mean, which has the time of making them in it.
+
+    ``split`` is what the records call the test set.
+    """
+    found: list[Record] = []
+    held = None
+    for task in tasks:
+        made = row[task.name]
+        progress(f"{made.fields['method']}: {task.name}, {split}")
+        if made is not held:
+            fill(network, made.weights)
+            held = made
+        found += evaluate(network, [task], **{**made.fields, **common})
+    found = [dataclasses.replace(one, split=split) for one in found]
+    mean = record.mean_of(found)
+    return [*found, dataclasses.replace(mean, wall_s=mean.wall_s + row[tasks[0].name].wall_s)]
 
 
 def _told(progress: Progress, said: str, what: str, done: int, total: int) -> None:
@@ -162,12 +199,49 @@ def _told(progress: Progress, said: str, what: str, done: int, total: int) -> No
         progress(f"{said}: {what}, {done} of {total}")
 
 
-def _candidates(suite: Suite, method: str, candidates: Sequence[Mapping[str, Any]]) -> Iterator[Checkpoint]:
+def choose(
+    suite: Suite,
+    network: nn.Module,
+    method: str,
+    tasks: Sequence[Task],
+    given: Mapping[str, Any],
+    progress: Progress = lambda line: None,
+) -> tuple[Merged, str]:
+    """The merge of the experts of some tasks that does best on their ``val``, and a note that says so.
+
+    What is ``given`` is kept; what else the method's ``GRID`` proposes is searched.  Ties go to the first candidate.
+    """
+    experts = [task.name for task in tasks]
+    candidates: list[dict[str, Any]] = []
+    for proposed in grid(method):
+        candidate = {name: value for name, value in proposed.items() if name not in given}
+        if candidate not in candidates:
+            candidates.append(candidate)
+    chosen, notes = candidates[0], ""
+    if len(candidates) > 1:
+        scores = []
+        for number, merged in enumerate(_candidates(suite, method, candidates, experts, given), start=1):
+            progress(f"{method}: choosing on val, {number} of {len(candidates)}")
+            fill(network, merged)
+            scores.append(sum(task.score(network, "val").value for task in tasks) / len(tasks))
+        chosen = candidates[max(range(len(candidates)), key=scores.__getitem__)]
+        notes = f"{chosen} chosen on val among {len(candidates)} candidates"
+    return merge_suite(suite, method, {**given, **chosen}, experts), notes
+
+
+def _candidates(
+    suite: Suite,
+    method: str,
+    candidates: Sequence[Mapping[str, Any]],
+    experts: list[str] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Iterator[Checkpoint]:
     """The merges to choose among; those that differ in ``scale`` alone, in which every method is linear, share one merge."""
+    given = given or {}
     if any(candidate.keys() != {"scale"} for candidate in candidates):
-        yield from (merge_suite(suite, method, candidate) for candidate in candidates)
+        yield from (merge_suite(suite, method, {**given, **candidate}, experts) for candidate in candidates)
         return
-    whole = Memory(state_dict(merge_suite(suite, method, {"scale": 1.0})))
+    whole = Memory(state_dict(merge_suite(suite, method, {**given, "scale": 1.0}, experts)))
     yield from (Lerp(suite.base, whole, candidate["scale"]) for candidate in candidates)
 
 
@@ -233,7 +307,3 @@ def applicable(suite: Suite) -> list[str]:
             continue
         found.append(method)
     return found
-
-
-def _with_mean(records: list[Record]) -> list[Record]:
-    return [*records, record.mean_of(records)]

@@ -16,7 +16,7 @@ def expert_adamerging(
     per: Per = "tensor",
     init: Finite = 0.3,
     steps: Count = 100,
-    lr: Positive = 1e-2,
+    lr: Positive = 2e-2,
     batch_size: Count = 8,
     patience: Count = 5,
     method: str = "task_arithmetic",
