@@ -1,15 +1,17 @@
 """Recipes of fitted methods on the command line: fuse, apply again, interrupt, refuse."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from eutectic import cli, errors
+from eutectic import cli, errors, registry
 from eutectic.bench import zoo
 from eutectic.checkpoint.folder import open_folder
 from eutectic.checkpoint.hashed import fingerprint
 from eutectic.fusion import _fit
+from eutectic.merge.recipe import load
 
 RECIPE = "method: {method}\nsuite: mini\nexperts: [digits8, letters]\nparameters: {{{parameters}}}\n"
 
@@ -22,6 +24,14 @@ def recipe(tmp_path):
         return path
 
     return write
+
+
+def test_there_is_an_example_of_every_method():
+    folder = Path(__file__).parent.parent.parent / "examples" / "fuse"
+    assert {path.stem for path in folder.iterdir()} == set(registry.names("fusion"))
+    for path in folder.iterdir():
+        recipe = load(path)
+        assert (recipe.method, recipe.suite) == (path.stem, "mini")
 
 
 def run(*arguments):
