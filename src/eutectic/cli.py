@@ -5,6 +5,7 @@ Exit status: 0 done, 1 ``diff`` found a difference or a bug struck, 2 the input 
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -42,6 +43,13 @@ class Protocol(StrEnum):
 
     inductive = "inductive"
     transductive = "transductive"
+
+
+class Study(StrEnum):
+    """What beside its own tasks and images a fused network is tried on."""
+
+    generalisation = "generalisation"
+    robustness = "robustness"
 
 
 CompatOption = Annotated[
@@ -259,10 +267,26 @@ def bench(
     protocol: Annotated[
         list[Protocol] | None, typer.Option(help="What fitted methods see: adapt's inputs, or test's. May be given twice.")
     ] = None,
+    study: Annotated[
+        Study | None, typer.Option(help="Fuse without two tasks and score those too; or score on corrupted images.")
+    ] = None,
+    corruption: Annotated[list[str] | None, typer.Option(help="For robustness; all seven by default.")] = None,
+    severity: Annotated[list[int] | None, typer.Option(help="For robustness, 1 to 5; 3 by default.")] = None,
 ) -> None:
     """Score θ₀, the experts and every closed-form method, or the methods named, on a suite."""
-    how = {"seeds": seed or [0], "protocols": [p.value for p in protocol or [Protocol.inductive]]}
-    _run(suite, out or Path("runs") / Path(suite).name, tuple(method) if method else None, how)
+    from eutectic.bench import corruptions, protocols
+    from eutectic.bench.evaluate import run_suite
+
+    seen: Any = [p.value for p in protocol or [Protocol.inductive]]
+    if study is None:
+        score: Any = functools.partial(run_suite, seeds=seed or [0], protocols=seen)
+    elif len(seed or []) > 1 or len(seen) > 1:
+        raise EutecticError(f"a study of {study.value} takes one seed and one protocol at a time")
+    else:
+        score = functools.partial(getattr(protocols, study.value), seed=(seed or [0])[0], protocol=seen[0])
+    if study is Study.robustness:
+        score = functools.partial(score, kinds=corruption or list(corruptions.KINDS), severities=severity or [3])
+    _run(suite, out or Path("runs") / Path(suite).name, tuple(method) if method else None, score)
 
 
 @app.command()
@@ -334,7 +358,7 @@ def _open_recipe(path: Path, compat: Compat | None = None) -> tuple[AnyRecipe, M
     return recipe, merged
 
 
-def _run(suite: str, out: Path, only: tuple[str, ...] | None, how: dict[str, Any] | None = None) -> None:
+def _run(suite: str, out: Path, only: tuple[str, ...] | None, score: Callable[..., Iterator[Record]] | None = None) -> None:
     from rich.console import Console
 
     from eutectic import record
@@ -354,7 +378,7 @@ def _run(suite: str, out: Path, only: tuple[str, ...] | None, how: dict[str, Any
     console = Console(stderr=True)
     with console.status("starting") as status:
         progress = status.update if console.is_terminal else lambda line: print(line, file=sys.stderr, flush=True)
-        for found in scoring.run_suite(opened, chosen, progress=progress, **how or {}):
+        for found in (score or scoring.run_suite)(opened, chosen, progress=progress):
             record.append(partial, [found])
             records.append(found)
     partial.replace(path)
@@ -389,7 +413,10 @@ def _show(records: list[Record]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)  # a pipe has no width of its own, and 80 columns would fold the names
-    console.print(reporting.table(records), crop=False)
+    for setting, those in reporting.settings(records).items():
+        if setting:
+            console.print(setting, markup=False, highlight=False)
+        console.print(reporting.table(those), crop=False)
 
 
 @contextmanager

@@ -89,6 +89,20 @@ def grids(records: Iterable[Record]) -> list[Grid]:
     return sorted((_grid(metric, those) for metric, those in by_metric.items()), key=lambda grid: not grid.is_fraction)
 
 
+def settings(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The records by what was asked of the methods, in order: "" for all tasks of a suite, else the study and the split.
+
+    A method that saw the test's inputs is another method.
+    """
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.protocol == "transductive":
+            record = dataclasses.replace(record, method=f"{record.method}, transductive")
+        study = "" if record.protocol in ("", "inductive", "transductive") else f"{record.protocol}; {record.split}"
+        found[study].append(record)
+    return found
+
+
 def table(records: Iterable[Record]) -> Table:
     """A terminal table of the accuracies: methods down, tasks, mean, kept, time and memory across.
 
@@ -124,7 +138,16 @@ def table(records: Iterable[Record]) -> Table:
 
 
 def markdown(records: Iterable[Record]) -> str:
-    """The table of `table` as GitHub Markdown."""
+    """The table of `table` as GitHub Markdown; one for each setting, under its name, if there are several."""
+    groups = settings(records)
+    if len(groups) < 2:
+        return _markdown_table(next(iter(groups.values()), []))
+    return "\n".join(
+        f"### {_markdown(setting) or 'all tasks'}\n\n{_markdown_table(those)}" for setting, those in groups.items()
+    )
+
+
+def _markdown_table(records: Iterable[Record]) -> str:
     grid = grids(records)[0]
     lines = [["method", *map(_markdown, header(grid))], ["---"] + ["---:"] * len(header(grid))]
     for row in rows(grid):
@@ -145,7 +168,11 @@ def html(records: Iterable[Record], title: str) -> str:
         loader=PackageLoader("eutectic.bench"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     shown = {"header": header, "rows": rows, "panels": panels, "marks": lambda grid: marks(grid.methods)}
-    sections = [{"grid": grid} | {name: make(grid) for name, make in shown.items()} for grid in grids(records)]
+    sections = [
+        {"grid": grid, "setting": setting} | {name: make(grid) for name, make in shown.items()}
+        for setting, those in (settings(records) or {"": records}).items()
+        for grid in grids(those)
+    ]
     return environment.get_template("report.html.j2").render(title=title, sections=sections, facts=facts(records))
 
 
