@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -83,8 +83,7 @@ class Grams:
         """Nothing was seen yet."""
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
-        self._last: tuple[Tensor | None, int] = (None, 0)
-        self._product = torch.empty(0)
+        self._last: tuple[Tensor, int, Tensor] | None = None  # an input, its version, x xᵀ
 
     @contextmanager
     def watching(self, unit: Unit) -> Iterator[None]:
@@ -101,7 +100,7 @@ class Grams:
         finally:
             for handle in handles:
                 handle.remove()
-            self._last = (None, 0)
+            self._last = None
 
     def mean(self, name: str, shrink: float) -> Tensor | None:
         """G ``[in, in]``, its off-diagonal entries times ``shrink``; None for a layer that saw nothing."""
@@ -115,14 +114,16 @@ class Grams:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next(iter((*args, *kwargs.values())))
-            last, version = self._last
-            if x is not last or x._version != version:  # query, key and value have one input
-                rows = x.reshape(-1, x.shape[-1]).to(wide(x))
-                self._last, self._product = (x, x._version), rows.T @ rows
-            if name in self._sums:
-                self._sums[name] += self._product
+            if self._last is not None and self._last[0] is x and self._last[1] == x._version:
+                product = self._last[2]  # query, key and value have one input
             else:
-                self._sums[name] = self._product.clone()
+                rows = x.reshape(-1, x.shape[-1]).to(wide(x))
+                product = rows.T @ rows
+                self._last = (x, x._version, product)
+            if name in self._sums:
+                self._sums[name] += product
+            else:
+                self._sums[name] = product.clone()
             self._tokens[name] = self._tokens.get(name, 0) + x.numel() // x.shape[-1]
 
         return hook
@@ -190,10 +191,8 @@ def fitted(
             grams, arrays = Grams(), run.arrays(task)
             with grams.watching(unit):
                 for part in index[task.name].split(batch_size):
-                    try:
+                    with suppress(_Done):
                         run.forward(network, task, arrays.take(part)[0])
-                    except _Done:
-                        pass
             for layer in unit.layers:
                 gram = grams.mean(layer.name, shrink)
                 if gram is None:

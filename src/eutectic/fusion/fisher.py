@@ -19,7 +19,7 @@ from eutectic.task import Task
 REFERENCE = "Matena & Raffel, Merging models with Fisher-weighted averaging, NeurIPS 2022, arXiv:2111.09832"
 
 
-def fisher(samples: Count = 128, epsilon: Positive = 1e-6) -> Fusion:
+def fisher(samples: Count = 64, epsilon: Positive = 1e-6) -> Fusion:
     """Average the experts' weights by the diagonal of each one's Fisher information on its own task.
 
         θ = Σₖ (Fₖ + ε) ⊙ θₖ / Σₖ (Fₖ + ε),     Fₖ = E_x E_{y ~ p(y | x; θₖ)} (∂ log p(y | x; θₖ) / ∂θ)²

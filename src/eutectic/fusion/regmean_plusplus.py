@@ -22,8 +22,8 @@ def regmean_plusplus(samples: Count = 256, shrink: Fraction = 0.9, batch_size: C
 
         W = (Σₖ Wₖ Gₖ) (Σₖ Gₖ)⁻¹,     Gₖ = E x xᵀ over tokens, its off-diagonal entries times α
 
-    where x runs through the merged blocks below, and expert k's own block up to the layer.  Blocks are found by their numbers in
-    the modules' names; a linear layer outside them is a block of its own.  All else is averaged, as in ``regmean``.
+    where x has come through the merged blocks below, and expert k's own block up to the layer.  Blocks are found by their
+    numbers in the modules' names; a linear layer outside them is a block of its own.  All else is averaged, as in ``regmean``.
 
     Args:
         samples: inputs of each task, at most.
