@@ -23,9 +23,6 @@ from eutectic.fusion._tensors import chosen, finished, names_of, own_tasks, wide
 from eutectic.merge.view import Merged
 from eutectic.task import Task
 
-#: Gram matrices are singular where the others leave less than this of a feature unexplained
-LEAST = 1e-10
-
 
 class Layer(NamedTuple):
     """A linear layer's weight: its name in the checkpoints, and the modules that share it."""
@@ -44,13 +41,13 @@ class Layer(NamedTuple):
 class Unit(NamedTuple):
     """What is merged at once: the linear layers of a module, and the names of all tensors that are taken from an expert.
 
-    If ``last``, a forward pass is of no use beyond the module.
+    If a forward pass comes to the module ``once``, it can end there.
     """
 
     module: nn.Module
     layers: list[Layer]
     names: frozenset[str]
-    last: bool
+    once: bool
 
 
 #: (network, id of a tensor → its names, run the network once) → units, in the order in which they are merged
@@ -93,7 +90,7 @@ class Grams:
             for layer in unit.layers
             for module in layer.modules
         ]
-        if unit.last:
+        if unit.once:
             handles.append(unit.module.register_forward_hook(_stop))
         try:
             yield
@@ -104,7 +101,7 @@ class Grams:
 
     def mean(self, name: str, shrink: float) -> Tensor | None:
         """G ``[in, in]``, its off-diagonal entries times ``shrink``; None for a layer that saw nothing."""
-        if name not in self._sums:
+        if not self._tokens.get(name):
             return None
         gram = self._sums.pop(name) / self._tokens[name]
         diagonal = gram.diagonal().clone()
@@ -144,19 +141,21 @@ class LeastSquares:
 
     def add(self, weight: Tensor, gram: Tensor) -> None:
         """Add Wₖ ``[out, in]`` and Gₖ ``[in, in]``."""
+        gram = gram.to(self.around)
         self.total += gram
-        self.moved += (weight - self.around) @ gram
+        self.moved += (weight.to(gram) - self.around) @ gram
 
     def solution(self) -> Tensor:
-        """W = W₀ + (Σ (Wₖ − W₀) Gₖ) (Σ Gₖ)⁻¹ in float64, near W₀ where there are many."""
+        """W = W₀ + (Σ (Wₖ − W₀) Gₖ) (Σ Gₖ)⁻¹ ``[out, in]`` in float64, near W₀ if there are many."""
         total, moved = self.total.double(), self.moved.double()
         size = total.diagonal().sqrt()
         size = torch.where(size > 0, size, 1.0)
         scaled = total / size / size[:, None]
         scaled.diagonal().fill_(1.0)  # also for a feature that is never there
+        least = len(total) * torch.finfo(self.total.dtype).eps  # what rounding leaves of nothing
         factor, failed = torch.linalg.cholesky_ex(scaled)
-        if failed or factor.diagonal().min() ** 2 < LEAST:
-            found = moved / size @ torch.linalg.pinv(scaled, hermitian=True, rtol=LEAST)
+        if failed or factor.diagonal().min() ** 2 < least:
+            found = moved / size @ torch.linalg.pinv(scaled, hermitian=True, rtol=least)
         else:
             found = torch.cholesky_solve((moved / size).T, factor).T
         return self.around.double() + found / size
@@ -164,7 +163,7 @@ class LeastSquares:
 
 def whole(network: nn.Module, names: Mapping[int, Sequence[str]], run_once: Callable[[], object]) -> list[Unit]:
     """All layers at once: what an expert's layers see is then what its own network makes of the inputs."""
-    return [Unit(network, layers_of(network, names), frozenset(name for group in names.values() for name in group), False)]
+    return [Unit(network, layers_of(network, names), frozenset(name for group in names.values() for name in group), True)]
 
 
 @torch.no_grad()
@@ -186,7 +185,6 @@ def fitted(
         problems = {layer.name: LeastSquares(layer.weight.to(wide(layer.weight), copy=True)) for layer in unit.layers}
         seen = set()
         for turn, (expert, task) in enumerate(own.items()):
-            run.progress("Gram matrices", number * len(own) + turn, len(units) * len(own))
             fill(network, Select(models.experts[expert], unit.names.__contains__))
             grams, arrays = Grams(), run.arrays(task)
             with grams.watching(unit):
@@ -199,12 +197,14 @@ def fitted(
                     continue
                 if not torch.isfinite(gram).all():
                     raise NonFiniteError(f"task {task.name!r}: the inputs of the layer {layer.name!r} are not finite")
-                problems[layer.name].add(layer.weight.to(gram.dtype), gram.to(layer.weight.device))
+                problems[layer.name].add(layer.weight, gram)
                 seen.add(layer.name)
+            run.progress("Gram matrices", number * len(own) + turn + 1, len(units) * len(own))
         fill(network, Select(average, unit.names.__contains__))
         for layer in unit.layers:
             if layer.name in seen:
                 solution = problems.pop(layer.name).solution()
                 layer.weight.copy_(solution)
-                found[layer.name] = solution.T if layer.transposed else solution
+                solution = solution.T if layer.transposed else solution
+                found[layer.name] = solution.to(models.base.spec(layer.name).dtype)
     return finished(found, names, models.base)

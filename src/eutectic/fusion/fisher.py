@@ -33,9 +33,8 @@ def fisher(samples: Count = 64, epsilon: Positive = 1e-6) -> Fusion:
     The memory is that of five networks, however many experts there are.  Raises LayoutError for a network without trainable
     parameters, NonFiniteError naming the expert and tensor.
 
-    Source: Matena & Raffel, NeurIPS 2022, arXiv:2111.09832, equations 2 to 4, without a weight for each model.  Differs from
-    the paper in that y is one seeded draw for each input, not all classes.  It is no square of a gradient that was summed over
-    a batch.
+    Source: Matena & Raffel, NeurIPS 2022, arXiv:2111.09832, without a weight for each model.  Differs from the paper in that y
+    is one seeded draw for each input.  Squares are of single inputs' gradients, never of one that was summed over a batch.
     """
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
@@ -43,7 +42,7 @@ def fisher(samples: Count = 64, epsilon: Positive = 1e-6) -> Fusion:
         parameters = {names[id(p)][0]: p for p in models.network.parameters() if p.requires_grad}
         if not parameters:
             raise LayoutError("no parameter of the network requires a gradient, so there is none to weigh")
-        theta = {name: torch.zeros_like(p, dtype=wide(p), requires_grad=False) for name, p in parameters.items()}
+        theta = {name: torch.zeros_like(p, dtype=wide(p)) for name, p in parameters.items()}
         mass = {name: torch.zeros_like(tensor) for name, tensor in theta.items()}
         for expert, task in own.items():
             fill(models.network, models.experts[expert])
@@ -64,14 +63,13 @@ def information(
 ) -> dict[str, Tensor]:
     """The diagonal Fisher information of a network's predictions on a task's inputs, by parameter.
 
-    Inputs go through one by one, which no network minds, and which costs on a CPU what ``torch.func.vmap`` does: writing a
-    gradient for each input takes the time, not the passes.
+    Inputs go through one by one, which works for every network, and on a CPU takes as long as ``torch.func.vmap``: most of the
+    time goes into writing a gradient for each input.
     """
-    found = {name: torch.zeros_like(p, dtype=wide(p), requires_grad=False) for name, p in parameters.items()}
+    found = {name: torch.zeros_like(p, dtype=wide(p)) for name, p in parameters.items()}
     arrays, index = run.arrays(task), chosen(task, samples, run)
     draws = torch.rand(len(index), generator=generator(run.seed, task.name, "labels"), dtype=torch.float64)
-    for number, (at, draw) in enumerate(zip(index, draws.tolist(), strict=True)):
-        run.progress(f"Fisher information: {task.name}", number, len(index))
+    for number, (at, draw) in enumerate(zip(index, draws.tolist(), strict=True), start=1):
         log_p = F.log_softmax(run.forward(network, task, arrays.take(at[None])[0]), dim=1)[0]
         label = (log_p.detach().double().exp().cumsum(0) < draw).sum().clamp(max=len(log_p) - 1)
         gradients = torch.autograd.grad(log_p[label], list(parameters.values()), allow_unused=True)
@@ -79,4 +77,5 @@ def information(
             if gradient is not None:
                 gradient = gradient.to(square.dtype)
                 square.addcmul_(gradient, gradient, value=1 / len(index))
+        run.progress(f"Fisher information: {task.name}", number, len(index))
     return found

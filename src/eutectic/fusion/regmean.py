@@ -30,7 +30,7 @@ def regmean(samples: Count = 256, shrink: Fraction = 0.9, batch_size: Count = 32
     The memory is that of the network, one expert's Gram matrices, and their sum with Σ Wₖ Gₖ: no more for more experts.
     Raises NonFiniteError naming the task and layer.
 
-    Source: Jin et al., ICLR 2023, arXiv:2212.09849, equations 2 and 3.  Differs from the paper in that Gₖ is a mean, not a sum,
+    Source: Jin et al., ICLR 2023, arXiv:2212.09849.  Differs from the paper in that Gₖ is a mean, not a sum,
     so that no task counts more for having more tokens, and that the system is solved in float64 around the average.
     """
 

@@ -14,7 +14,7 @@ from eutectic.merge.slices import place_of, stacks_of
 from eutectic.methods._method import Count, Fraction
 from eutectic.task import Task
 
-REFERENCE = "Nguyen et al., RegMean++, 2025, arXiv:2508.03121"
+REFERENCE = "Nguyen et al., RegMean++, TMLR 2026, arXiv:2508.03121"
 
 
 def regmean_plusplus(samples: Count = 256, shrink: Fraction = 0.9, batch_size: Count = 32) -> Fusion:
@@ -34,8 +34,8 @@ def regmean_plusplus(samples: Count = 256, shrink: Fraction = 0.9, batch_size: C
     The memory is that of the network, and for one block one expert's Gram matrices, and their sum with Σ Wₖ Gₖ.
     Raises NonFiniteError naming the task and layer.
 
-    Source: Nguyen et al., 2025, arXiv:2508.03121.  Differs from the paper in that what follows the blocks is merged too, and as
-    ``regmean`` does.
+    Source: Nguyen et al., TMLR 2026, arXiv:2508.03121.  Differs from the paper in that what follows the blocks is merged
+    too, and as ``regmean`` does.
     """
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
