@@ -63,6 +63,30 @@ def test_overlay_replaces_and_adds(memory):
     assert overlay.origin == "top over here"
 
 
+class Costly(Memory):
+    """One that is best read whole, takes memory to read, and has something to prepare."""
+
+    prepared = ()
+
+    def grain(self, name):
+        return self.spec(name).numel
+
+    def need_bytes(self, name, n):
+        return 1000 + n
+
+    def prepare(self, names, spread=map):
+        self.prepared = tuple(names)
+
+
+def test_overlay_costs_what_its_parts_cost():
+    below = Costly({"a": torch.ones(4), "b": torch.ones(3)})
+    overlay = Overlay(below, Memory({"b": torch.zeros(3)}))
+    assert [overlay.grain("a"), overlay.grain("b")] == [4, 1]
+    assert [overlay.need_bytes("a", 2), overlay.need_bytes("b", 2)] == [1002, 16]
+    overlay.prepare(["a", "b"])
+    assert below.prepared == ("a",)
+
+
 @pytest.mark.parametrize(
     "view", [lambda c: Rename(c, {}), lambda c: Cast(c, torch.half), lambda c: Select(c, "*"), lambda c: Overlay(c, c)]
 )

@@ -134,8 +134,24 @@ class Overlay(Checkpoint):
         """Name → shape and dtype, in the order of ``bottom``; what only ``top`` has comes last."""
         return self._specs
 
+    def _of(self, name: str) -> Checkpoint:
+        return self._top if name in self._top.specs else self._bottom
+
     def _read(self, name: str, start: int, stop: int) -> Tensor:
-        return (self._top if name in self._top.specs else self._bottom)._read(name, start, stop)
+        return self._of(name)._read(name, start, stop)
+
+    def grain(self, name: str) -> int:
+        """That of the one whose tensor it is."""
+        return self._of(name).grain(name)
+
+    def prepare(self, names: Sequence[str], spread: Spread = map) -> None:
+        """Each for its own tensors."""
+        for part in (self._top, self._bottom):
+            part.prepare([name for name in names if self._of(name) is part], spread)
+
+    def need_bytes(self, name: str, n: int) -> int:
+        """That of the one whose tensor it is."""
+        return self._of(name).need_bytes(name, n)
 
     def close(self) -> None:
         """Close both."""
