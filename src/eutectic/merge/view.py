@@ -218,8 +218,9 @@ class Merged(Checkpoint):
                     self._stats |= self._taken(names, asked, position, spread)
 
     def grain(self, name: str) -> int:
-        """A method that needs the whole tensor computes all of it for any part."""
-        return max(1, self._specs[name].numel) if self._scope(name) is Scope.TENSOR else 1
+        """A method that needs the whole tensor computes all of it for any part, and so may an input that is a merge."""
+        own = max(1, self._specs[name].numel) if self._scope(name) is Scope.TENSOR else 1
+        return max(own, *(checkpoint.grain(name) for checkpoint in self.inputs.values()))
 
     def need_bytes(self, name: str, n: int) -> int:
         """The inputs' elements, and for one chunk the stack of experts, base and result in float32 and the method's own."""
