@@ -244,6 +244,13 @@ def test_a_merge_of_merges_is_the_merge_of_their_results(method):
     assert all(torch.equal(tensor, lazy.read(name)) for name, tensor in api.state_dict(eager).items())
 
 
+def test_an_expert_that_is_a_merge_of_whole_tensors_is_read_in_whole_tensors():
+    inner = api.merge("tsv_m", BASE, [A, B])
+    outer = api.merge("task_arithmetic", BASE, [inner, A])
+    assert outer.grain("layer.0.weight") == inner.grain("layer.0.weight") == 30
+    assert outer.grain("layer.0.bias") == outer.grain("positions") == 1
+
+
 def test_a_merge_may_be_a_base():
     base = api.merge("average", None, [A, B])
     lazy = api.merge("task_arithmetic", base, [A, B], scale=0.5)

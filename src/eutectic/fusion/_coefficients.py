@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from eutectic.checkpoint.views import Masked
 from eutectic.errors import CheckpointError, ParameterError
 from eutectic.fusion._fit import Batches, Descended, Loss, backward, descend, held_out_loss
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
-from eutectic.fusion._weighted import Weighted
+from eutectic.fusion._weighted import Site, Weighted
 from eutectic.merge.view import Merged, Override
 from eutectic.task import Task
 
@@ -118,7 +118,15 @@ def fitted_to(
     return Fusion(fit, weighted)
 
 
-def facts(equation: Weighted, method: str, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+class Sited(Protocol):
+    """An equation over some tensors."""
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """The tensors whose coefficients are fitted, in order."""
+
+
+def facts(equation: Sited, method: str, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     """What ``weighted`` needs to know of an equation beside λ and the mask."""
     return {
         "over": {"method": method, "parameters": dict(parameters or {})},
@@ -130,7 +138,8 @@ def weighted(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Arte
     """The merge that an artefact describes: by ``weights`` ``[K, L]``, if it has them, and under ``mask.NAME``, if it has any.
 
     Tensors that are no site are merged with weights of 1 / K each.  Another method than task arithmetic is run once for each
-    expert, to have what it makes of that one.  Raises CheckpointError if the artefact's facts and tensors do not fit.
+    expert, to have what it makes of that one.  Experts may be wider than the base, whose dtypes the result has.
+    Raises CheckpointError if the artefact's facts and tensors do not fit.
     """
     tensors, inputs, overrides = artefact.tensors, dict(experts), []
     match artefact.about:
@@ -149,7 +158,7 @@ def weighted(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Arte
             Override(name, {"weights": column}) for group, column in zip(names, columns, strict=True) for name in group
         ]
     masked = {name: f"mask.{group[0]}" for group in names for name in group if f"mask.{group[0]}" in tensors.specs}
-    if not masked:
+    if not masked and all(model.specs == base.specs for model in inputs.values()):
         return Merged(method, base, inputs, parameters, overrides)
-    wide = torch.float64 if any(base.specs[name].dtype == torch.float64 for name in masked) else torch.float32
+    wide = torch.float64 if any(spec.dtype == torch.float64 for spec in base.specs.values()) else torch.float32
     return Masked(base, Merged(method, base, inputs, parameters, overrides, dtype=wide), Shaped(tensors, masked, base.specs))

@@ -218,8 +218,9 @@ class Merged(Checkpoint):
                     self._stats |= self._taken(names, asked, position, spread)
 
     def grain(self, name: str) -> int:
-        """A method that needs the whole tensor computes all of it for any part."""
-        return max(1, self._specs[name].numel) if self._scope(name) is Scope.TENSOR else 1
+        """A method that needs the whole tensor computes all of it for any part, and so may an input that is a merge."""
+        own = max(1, self._specs[name].numel) if self._scope(name) is Scope.TENSOR else 1
+        return max(own, *(checkpoint.grain(name) for checkpoint in self.inputs.values()))
 
     def need_bytes(self, name: str, n: int) -> int:
         """The inputs' elements, and for one chunk the stack of experts, base and result in float32 and the method's own."""
@@ -287,7 +288,7 @@ class Merged(Checkpoint):
     def _site(self, name: str, piece: Piece, base: Tensor | None) -> Site:
         spec = self._specs[name]
         whole = base is not None and self._scope(name) is Scope.TENSOR
-        noise = _rounding(base, spec, self._eps(name)) if whole else 0.0
+        noise = rounding(base.view(spec.shape), self._eps(name)) if whole and base is not None else 0.0
         return Site(name, spec.shape, piece.start, tuple(self.experts), noise)
 
     def _cut(self, span: Span, *, once: bool = False) -> Cut:
@@ -413,9 +414,12 @@ def _row(spec: TensorSpec) -> int:
     return max(1, spec.numel if len(spec.shape) < 2 else spec.numel // max(1, spec.shape[0]))
 
 
-def _rounding(base: Tensor, spec: TensorSpec, eps: float) -> float:
-    """The largest singular value to expect of the rounding of a matrix: that of noise of its size, with a margin of two."""
-    if len(spec.shape) != 2:
+def rounding(base: Tensor, eps: float) -> float:
+    """The largest singular value to expect of the rounding of a matrix: that of noise of its size, with a margin of two.
+
+    ``eps`` is the relative step between numbers of the dtype that it is stored in.
+    """
+    if base.ndim != 2:
         return 0.0
-    step = eps * float(base.norm()) / math.sqrt(max(1, spec.numel))  # of a typical element
-    return 2 * step / math.sqrt(12) * (math.sqrt(spec.shape[0]) + math.sqrt(spec.shape[1]))
+    step = eps * float(base.norm()) / math.sqrt(max(1, base.numel()))  # of a typical element
+    return 2 * step / math.sqrt(12) * (math.sqrt(base.shape[0]) + math.sqrt(base.shape[1]))
