@@ -28,9 +28,9 @@ def adarank(
     rank: Fraction = 0.16,
     init: Finite = 0.3,
     margin: Positive = 0.1,
-    steps: Count = 300,
+    steps: Count = 100,
     lr: Positive = 1e-3,
-    batch_size: Count = 16,
+    batch_size: Count = 8,
     patience: Count = 5,
 ) -> Fusion:
     """Learn which singular components of the task vectors to keep, with the coefficients, by entropy on unlabelled inputs.
