@@ -8,12 +8,12 @@ from torch.func import functional_call
 
 from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.folder import open_folder
-from eutectic.fusion import _api, adarank
+from eutectic.fusion import _api, _components, adarank
 from eutectic.fusion._coefficients import facts, weighted
+from eutectic.fusion._components import Pruned
 from eutectic.fusion._fit import Batches, backward, generator
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.fusion._losses import entropy
-from eutectic.fusion.adarank import Pruned
 from eutectic.merge.api import state_dict
 from eutectic.merge.run import save
 
@@ -168,8 +168,8 @@ def test_saving_decomposes_each_matrix_of_each_expert_once_however_long_it_is(tm
     (matrix,) = equation.matrices
     tensors = {"weights": torch.ones(2, 1), "keep.weight": matrix.by_expert(matrix.strongest(1.0).bool(), 2)}
     built = adarank._built(base, experts, Artefact(Memory(tensors), facts(equation, "task_arithmetic", None)))
-    calls, decompose = [], adarank.components
-    monkeypatch.setattr(adarank, "components", lambda *a: calls.append(1) or decompose(*a))
+    calls, decompose = [], _components.components
+    monkeypatch.setattr(_components, "components", lambda *a: calls.append(1) or decompose(*a))
     save(built, tmp_path / "out", threads=1)
     assert len(calls) == 2
     with open_folder(tmp_path / "out") as saved:
@@ -177,3 +177,16 @@ def test_saving_decomposes_each_matrix_of_each_expert_once_however_long_it_is(tm
         torch.testing.assert_close(
             saved.read("weight"), sum(e.read("weight") for e in experts.values()) - base.read("weight"), rtol=1e-5, atol=1e-5
         )
+
+
+def test_without_matrices_it_is_adamerging():
+    models, tasks = setting_of("awkward")
+    same = {name: models.base.read(name) for name, spec in models.base.specs.items() if len(spec.shape) == 2}
+    models = models._replace(experts={name: Memory(state_dict(expert) | same) for name, expert in models.experts.items()})
+    common = {"steps": 25, "lr": 0.01, "batch_size": 4}
+    ours, plain = (_api.fit(name, models, tasks, common, RUN) for name in ("adarank", "adamerging"))
+    assert list(ours.tensors.specs) == ["weights"]
+    assert torch.equal(ours.tensors.read("weights"), plain.tensors.read("weights"))
+    assert ours.about["kept"] == {"a": 0.0, "b": 0.0}
+    fused = [state_dict(_api.fused(models.base, models.experts, artefact)) for artefact in (ours, plain)]
+    assert all(torch.equal(fused[0][name], fused[1][name]) for name in fused[0])
