@@ -120,7 +120,7 @@ def head_of(size: str, task: int) -> tuple[Any, Any]:
     return projection, torch.nn.functional.normalize(text, dim=1)
 
 
-class Enough(Exception):  # noqa: N818 — no error
+class Enough(Exception):
     """As many steps as were asked for are measured."""
 
 
@@ -260,7 +260,7 @@ def measured(python: str, kind: str, arguments: list[object], threads: int) -> d
     """What a child says in its last line."""
     settings = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     command = [python, __file__, kind, *map(str, arguments)]
-    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | settings)
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
     lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
     if process.returncode or not lines:
         raise SystemExit(f"{' '.join(command)} exited with {process.returncode}:\n{process.stderr[-2000:]}")

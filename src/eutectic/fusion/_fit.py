@@ -120,7 +120,7 @@ class Descended(NamedTuple):
 def descend(
     what: str,
     state: Mapping[str, Tensor],
-    gradients: Callable[[int], tuple[float, Mapping[str, Tensor]]],
+    gradients: Callable[[int], tuple[float, dict[str, Tensor]]],
     criterion: Callable[[], float],
     run: Run,
     *,
@@ -135,7 +135,7 @@ def descend(
     carried on from there.  Raises NonFiniteError; then the last good state is kept.
     """
     tensors = dict(state)
-    optimiser = torch.optim.Adam(tensors.values(), lr=lr)
+    optimiser = torch.optim.Adam(tensors.values(), lr=lr, fused=True)
     best = {name: tensor.clone() for name, tensor in tensors.items()}
     history: list[tuple[int, float, float]] = []
     path = None if run.folder is None else run.folder / what
@@ -157,8 +157,9 @@ def descend(
             break
         loss, found = gradients(step)
         for name, tensor in tensors.items():
-            tensor.grad = mean_over_processes(found[name].to(tensor))
+            tensor.grad = mean_over_processes(found.pop(name).to(tensor))
         optimiser.step()
+        optimiser.zero_grad()
         run.progress(what, step + 1, steps)
         if (step + 1) % EVERY == 0 or step + 1 == steps:
             look(step + 1, loss)
