@@ -6,7 +6,8 @@ Makes a CLIP vision tower of ViT-B/32 with random weights and eight experts from
 for a few steps in a process of its own.  A step is timed from one report of progress to the next: batches, mask, θ, forward
 and backward passes, gradients, Adam.  Between two steps the same process runs the plain passes: the same network forward and
 backward on as many batches, gradients added up; twice for Concrete AdaMerging, whose inner step has passes of its own.  The
-first step of each process is a warm-up.  Peak memory is the process's VmHWM, with imports.
+first step of each process is a warm-up.  Peak memory is the process's VmHWM, with imports.  ``files`` after a method: task
+vectors are not held in memory but read from the experts' files at each step.
 
 ``--peer`` is the Python of an environment with fusion-bench 0.2.33, torch 2.13.0 and transformers 4.57.6.  Its own classes run
 on the same weights, from their own loop; only what would need the network is replaced: images and text embeddings.  Their data
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -40,7 +42,7 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "concrete_task_arithmetic": ({"parameters": {"scale": 0.3}}, 1),
     "concrete_adamerging": ({}, 2),
 }
-AUTOCAST = " autocast"
+VARIANTS = ["adamerging", "adamerging files", "concrete_task_arithmetic", "concrete_adamerging", "concrete_adamerging files"]
 
 
 def config(size: str) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class Enough(Exception):
 # ── ours ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def child(size: str, method: str, experts: int, steps: int, threads: int, folder: Path) -> None:
+def child(size: str, variant: str, experts: int, steps: int, threads: int, folder: Path) -> None:
     """Fit in this process and print the seconds of every step and of the plain passes after it."""
     import torch
     from torch.nn import functional as F
@@ -138,7 +140,8 @@ def child(size: str, method: str, experts: int, steps: int, threads: int, folder
     from eutectic.task import Arrays, Task
 
     torch.set_num_threads(threads)
-    method, autocast, _ = method.partition(AUTOCAST)
+    method, *how = variant.split()
+    run = Run(autocast="autocast" in how, storage=None if "files" in how else torch.bfloat16)
     parameters, passes = METHODS[method]
     network = tower(size).eval()
 
@@ -160,7 +163,7 @@ def child(size: str, method: str, experts: int, steps: int, threads: int, folder
             if number % experts == 0:
                 network.zero_grad()
             inputs, _ = one.arrays("adapt").take(torch.arange(BATCH))
-            with torch.autocast("cpu", torch.bfloat16, enabled=bool(autocast)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=run.autocast):
                 features = network(inputs)
             log_p = F.log_softmax(one.head(features.float()), dim=1)
             (-(log_p.exp() * log_p).sum(1).mean()).backward()
@@ -179,7 +182,7 @@ def child(size: str, method: str, experts: int, steps: int, threads: int, folder
     base, *others = (SafetensorsFile(folder / name / "model.safetensors") for name in ["base", *(t.name for t in tasks)])
     models = ModelSet(network, base, dict(zip([t.name for t in tasks], others, strict=True)))
     with contextlib.suppress(Enough):
-        fit(method, models, tasks, parameters, Run(autocast=bool(autocast), progress=progress))
+        fit(method, models, tasks, parameters, dataclasses.replace(run, progress=progress))
     print(json.dumps({key: times[1:] for key, times in found.items()} | {"peak_mb": peak_mb()}))
 
 
@@ -288,7 +291,7 @@ def main() -> None:
     """Run the comparison and print one row a method and number of threads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="b32")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=",".join(VARIANTS))
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="after the warm-up")
     parser.add_argument("--threads", default="1,2")
@@ -306,15 +309,15 @@ def main() -> None:
         f"{'method, threads':33} {'step_s':22} {'plain_s':22} {'step/plain':20} {'peak_MB':7}  "
         f"{'peer_s':22} peer_MB ours/peer ours/peer_MB"
     )
-    for method in arguments.methods.split(","):
+    variants = arguments.methods.split(",")
+    for variant in variants + [f"{variant} autocast" for variant in variants if fast]:
         for threads in map(int, arguments.threads.split(",")):
-            for variant in [method, method + AUTOCAST] if fast else [method]:
-                settings = [arguments.size, variant, arguments.experts, arguments.steps, threads, folder]
-                ours = measured(sys.executable, "--child", settings, threads)
-                peer = None
-                if arguments.peer and variant == method:
-                    peer = measured(arguments.peer, "--peer-child", [*settings, arguments.peer_memory], threads)
-                print(row(f"{variant}, {threads}", ours, peer), flush=True)
+            settings = [arguments.size, variant, arguments.experts, arguments.steps, threads, folder]
+            ours = measured(sys.executable, "--child", settings, threads)
+            peer = None
+            if arguments.peer and variant in METHODS:
+                peer = measured(arguments.peer, "--peer-child", [*settings, arguments.peer_memory], threads)
+            print(row(f"{variant}, {threads}", ours, peer), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from eutectic.checkpoint.hashed import fingerprint
 from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.save import Progress, save_tensors, silent
+from eutectic.checkpoint.spec import require_same_layout
 from eutectic.errors import CheckpointError, LayoutError, TaskError
 from eutectic.fusion._fit import processes
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Protocol, Run
@@ -46,6 +47,8 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
         raise TaskError(f"{name}: there are no tasks to adapt to")
     if not models.experts:
         raise LayoutError(f"{name}: no experts were given; name at least 1")
+    for expert in models.experts.values():
+        require_same_layout(models.base.specs, expert.specs, models.base.origin, expert.origin, any_float=True)
     hashes = {"base": fingerprint(models.base)} | {f"experts.{n}": fingerprint(c) for n, c in models.experts.items()}
     about = {
         "method": name,

@@ -120,7 +120,7 @@ class Descended(NamedTuple):
 def descend(
     what: str,
     state: Mapping[str, Tensor],
-    gradients: Callable[[int], tuple[float, dict[str, Tensor]]],
+    gradients: Callable[[int], tuple[float, Mapping[str, Tensor]]],
     criterion: Callable[[], float],
     run: Run,
     *,
@@ -157,9 +157,10 @@ def descend(
             break
         loss, found = gradients(step)
         for name, tensor in tensors.items():
-            tensor.grad = mean_over_processes(found.pop(name).to(tensor))
+            tensor.grad = mean_over_processes(found[name].to(tensor))
         optimiser.step()
         optimiser.zero_grad()
+        del found  # a mask's gradient is as large as the network's, which the next passes are about to make
         run.progress(what, step + 1, steps)
         if (step + 1) % EVERY == 0 or step + 1 == steps:
             look(step + 1, loss)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.checkpoint.base import Checkpoint
-from eutectic.checkpoint.spec import require_same_layout
 from eutectic.errors import LayoutError, NonFiniteError
 
 #: elements of a tensor that are worked on at once: K times as many in float32 stay in the caches
@@ -54,10 +53,8 @@ class Weighted:
 
         Task vectors are held in memory in the dtype ``storage``; with None each use reads the experts once more, in parts,
         and nothing is held or rounded.  Sums are float32, or float64 in a float64 network.  Raises LayoutError if a parameter
-        is in no checkpoint or an expert does not fit the base, NonFiniteError naming an expert and tensor with a NaN or Inf.
+        is in no checkpoint, NonFiniteError naming an expert and tensor that hold a NaN or Inf.
         """
-        for checkpoint in vectors.values():
-            require_same_layout(base.specs, checkpoint.specs, base.origin, checkpoint.origin, any_float=True)
         self.network = network
         self.names = list(vectors)
         fixed = [1 / len(vectors)] * len(vectors) if fixed is None else fixed
@@ -81,7 +78,7 @@ class Weighted:
                 self.sites.append(site)
                 continue
             self.fixed += known
-            _assign(site, torch.tensor(fixed))
+            _assign(site, torch.tensor(fixed, dtype=torch.float64))
 
     @property
     def shape(self) -> tuple[int, int]:
