@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from eutectic import record, registry
-from eutectic.checkpoint.base import Checkpoint, Memory
+from eutectic.checkpoint.base import Checkpoint, live
 from eutectic.checkpoint.hashed import fingerprint
 from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.safetensors import SafetensorsFile
@@ -57,7 +57,9 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
         "versions": record.versions(record.ENGINE),
     }
     if run.folder is not None:
-        key = hashlib.sha256(json.dumps([about, run.autocast, run.device], sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(
+            json.dumps([about, run.autocast, run.device, str(run.storage)], sort_keys=True).encode()
+        ).hexdigest()
         run = run.within(run.folder / key[:16])
     models.network.eval()
     with processes(run.device), _lent(models.network), torch.enable_grad():
@@ -144,7 +146,7 @@ def fuse(
     """
     network = copy.deepcopy(backbone).to(device)
     opened = {expert: open(source) for expert, source in experts.items()}
-    base = Memory({key: tensor.clone() for key, tensor in backbone.state_dict().items()})
+    base = live(backbone)
     run = Run(seed, protocol, device, progress=progress)
     artefact = fit(name, ModelSet(network, base, opened), tasks, parameters, run)
     fill(network, fused(base, opened, artefact))

@@ -109,7 +109,8 @@ def fitted_to(
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
         batches = Batches(run, tasks, batch_size)
         loss = loss_of(models, tasks, run)
-        equation = Weighted(models.network, models.base, vectors(method, parameters, models.base, models.experts))
+        given = vectors(method, parameters, models.base, models.experts)
+        equation = Weighted(models.network, models.base, given, run.storage)
         weights, found = fit_coefficients(
             equation, batches, loss, run, per=per, init=init, steps=steps, lr=lr, patience=patience
         )

@@ -140,7 +140,7 @@ def descend(
     carried on from there.  Raises NonFiniteError; then the last good state is kept.
     """
     tensors = dict(state)
-    optimiser = torch.optim.Adam(tensors.values(), lr=lr)
+    optimiser = torch.optim.Adam(tensors.values(), lr=lr, fused=True)
     best = {name: tensor.clone() for name, tensor in tensors.items()}
     history: list[tuple[int, float, float]] = []
     path = None if run.folder is None else run.folder / what
@@ -167,6 +167,8 @@ def descend(
             if not torch.isfinite(tensor.grad).all():
                 raise NonFiniteError(f"{what}, step {step}: the loss is finite, but its gradient by {name!r} is not")
         optimiser.step()
+        optimiser.zero_grad()
+        del found  # a mask's gradient is as large as the network's, which the next passes are about to make
         run.progress(what, step + 1, steps)
         if (step + 1) % EVERY == 0 or step + 1 == steps:
             look(step + 1, loss)

@@ -35,7 +35,8 @@ class Run:
 
     ``protocol`` says which inputs it sees, never their labels: those of ``adapt`` (inductive), or those of ``test``
     (transductive, as the papers did).  ``autocast`` runs forward and backward passes in bfloat16.  With ``folder`` the state is
-    kept there, so that an interrupted fit is carried on by the same call.
+    kept there, so that an interrupted fit is carried on by the same call.  ``storage`` is the dtype in which task vectors are
+    held in memory; with None they are not, and the experts are read again at each step.
     """
 
     seed: int = 0
@@ -44,6 +45,7 @@ class Run:
     autocast: bool = False
     folder: Path | None = None
     progress: Progress = silent
+    storage: torch.dtype | None = torch.bfloat16
 
     @property
     def split(self) -> str:

@@ -5,12 +5,12 @@ each tensor
 
     ∂L/∂λₖ = ⟨G, m̂ ⊙ τₖ⟩          ∂L/∂m̂ = G ⊙ Σₖ λₖ τₖ
 
-No graph runs through the merge, and nothing is kept for each task: memory is θ, θ₀, G and the task vectors.
+No graph runs through the merge, and nothing is kept for each task: memory is θ, θ₀, G and the task vectors, if these are held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,17 +24,17 @@ CHUNK = 1 << 16
 
 
 class Site(NamedTuple):
-    """A tensor whose coefficients are fitted: its name, those of tensors tied to it, and where it is kept."""
+    """A tensor whose coefficients are fitted: its name, those of tensors tied to it, and what it is made of."""
 
     name: str
     aliases: tuple[str, ...]
     parameter: Tensor
     base: Tensor  # [p]
-    vectors_K: Tensor  # [K, p], in the storage dtype
+    vectors: Callable[[slice], Tensor]  # part → τ [K, n], in the storage dtype or θ₀'s
 
 
 class Weighted:
-    """θ₀ and the task vectors of a network, in memory.
+    """θ₀ of a network, in memory, and the task vectors.
 
     ``sites`` are the parameters that require a gradient and that some expert changed, in the network's order.  What else the
     experts changed (buffers, frozen parameters) is set once, with the given fixed weights, and is no site.  Tied parameters
@@ -46,13 +46,14 @@ class Weighted:
         network: nn.Module,
         base: Checkpoint,
         vectors: Mapping[str, Checkpoint],
-        storage: torch.dtype = torch.bfloat16,
+        storage: torch.dtype | None = torch.bfloat16,
         fixed: Sequence[float] | None = None,
     ) -> None:
         """Read θ₀ and the experts; ``fixed`` are the weights of what is no site, 1 / K each by default.
 
-        ``storage`` holds the task vectors; sums are float32, or float64 in a float64 network.  Raises LayoutError if a
-        parameter is in no checkpoint or there is no site, NonFiniteError naming an expert and tensor that hold a NaN or Inf.
+        Task vectors are held in memory in the dtype ``storage``; with None each use reads the experts once more, in parts,
+        and nothing is held or rounded.  Sums are float32, or float64 in a float64 network.  Raises LayoutError if a parameter
+        is in no checkpoint or there is no site, NonFiniteError naming an expert and tensor that hold a NaN or Inf.
         """
         self.network = network
         self.names = list(vectors)
@@ -79,9 +80,7 @@ class Weighted:
             if site is None:
                 continue
             self.fixed += known
-            weights = torch.tensor(fixed, dtype=site.base.dtype, device=site.base.device)
-            with torch.no_grad():
-                site.parameter.copy_(site.base.add(_total(site.vectors_K, weights)).view(site.parameter.shape))
+            _assign(site, torch.tensor(fixed, dtype=torch.float64))
         if not self.sites:
             raise LayoutError("no expert differs from the base in what can be trained, so there is nothing to fit")
 
@@ -94,15 +93,7 @@ class Weighted:
     def write(self, weights_KL: Tensor, mask: Sequence[Tensor] | None = None) -> None:
         """Set the network to θ; ``weights_KL`` ``[K, L]``, ``mask`` the m̂ ``[p]`` of each site.  Gradients are dropped."""
         for at, site in enumerate(self.sites):
-            weights = weights_KL[:, at].to(site.base)
-            theta = site.parameter.detach().reshape(-1)
-            for part in _parts(site):
-                direction = _total(site.vectors_K[:, part], weights)
-                if mask is not None:
-                    direction.mul_(mask[at][part])
-                theta[part] = direction.add_(site.base[part])
-            if theta.data_ptr() != site.parameter.data_ptr():
-                site.parameter.copy_(theta.view(site.parameter.shape))
+            _assign(site, weights_KL[:, at], None if mask is None else mask[at])
             site.parameter.grad = None
 
     @torch.no_grad()
@@ -116,7 +107,7 @@ class Weighted:
             total = torch.zeros(len(self.names), dtype=torch.float64)
             for part in _parts(site):
                 g = gradient[part] if mask is None else gradient[part] * mask[at][part]
-                total += torch.mv(site.vectors_K[:, part].to(g.dtype), g).cpu()
+                total += torch.mv(site.vectors(part).to(g.dtype), g).cpu()
             found[:, at] = total
         return found
 
@@ -130,35 +121,56 @@ class Weighted:
                 continue
             weights = weights_KL[:, at].to(site.base)
             for part in _parts(site):
-                gradient[part] *= _total(site.vectors_K[:, part], weights)
+                gradient[part] *= _total(site.vectors(part), weights)
             yield gradient
             site.parameter.grad = None
 
     def _site(
-        self, names: list[str], tensor: Tensor, base: Checkpoint, vectors: Mapping[str, Checkpoint], storage: torch.dtype
+        self, names: list[str], tensor: Tensor, base: Checkpoint, vectors: Mapping[str, Checkpoint], storage: torch.dtype | None
     ) -> Site | None:
         """None if no expert changed it."""
-        name = names[0]
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        start = base.read(name).to(wide).reshape(-1)
-        vectors_K = torch.empty(
-            len(vectors), start.numel(), dtype=torch.promote_types(storage, tensor.dtype) if wide == torch.float64 else storage
-        )
+        name, wide = names[0], torch.promote_types(tensor.dtype, torch.float32)
+        start = base.read(name).reshape(-1).to(tensor.device, wide)
+        if start.data_ptr() == tensor.data_ptr():  # a base that is the network itself would follow it
+            start = start.clone()
+        p = start.numel()
+
+        def change(checkpoint: Checkpoint, part: slice) -> Tensor:
+            return checkpoint.read_flat(name, part.start, min(part.stop, p)).to(start) - start[part]
+
+        def read(part: slice) -> Tensor:
+            return torch.stack([change(checkpoint, part) for checkpoint in vectors.values()])
+
+        held = None
+        if storage is not None:
+            held = start.new_empty(len(vectors), p, dtype=wide if wide == torch.float64 else storage)
         changed = False
-        for row, (expert, checkpoint) in zip(vectors_K, vectors.items(), strict=True):
-            delta = checkpoint.read(name).to(wide).reshape(-1) - start
+        for at, (expert, checkpoint) in enumerate(vectors.items()):
+            delta = change(checkpoint, slice(0, p))
             if not torch.isfinite(delta).all():
                 raise NonFiniteError(f"expert {expert!r} ({checkpoint.origin}) or the base holds a NaN or Inf in {name!r}")
             changed = changed or bool(delta.any())
-            row.copy_(delta)
+            if held is not None:
+                held[at] = delta
         if not changed:
             return None
-        device = tensor.device
-        return Site(name, tuple(names[1:]), tensor, start.clone().to(device), vectors_K.to(device))
+        return Site(name, tuple(names[1:]), tensor, start, read if held is None else lambda part: held[:, part])
 
 
 def _parts(site: Site) -> Iterator[slice]:
     return (slice(low, low + CHUNK) for low in range(0, site.base.numel(), CHUNK))
+
+
+@torch.no_grad()
+def _assign(site: Site, weights_K: Tensor, mask: Tensor | None = None) -> None:
+    theta, weights_K = site.parameter.detach().reshape(-1), weights_K.to(site.base)
+    for part in _parts(site):
+        direction = _total(site.vectors(part), weights_K)
+        if mask is not None:
+            direction.mul_(mask[part])
+        theta[part] = direction.add_(site.base[part])
+    if theta.data_ptr() != site.parameter.data_ptr():
+        site.parameter.copy_(theta.view(site.parameter.shape))
 
 
 def _total(vectors_K: Tensor, weights_K: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ def concrete_adamerging(
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
         batches = Batches(run, tasks, batch_size)
-        equation = Weighted(models.network, models.base, vectors(method, parameters, models.base, models.experts))
+        given = vectors(method, parameters, models.base, models.experts)
+        equation = Weighted(models.network, models.base, given, run.storage)
         mask = ConcreteMask(equation, temperature, run.seed)
         start = torch.full(equation.shape, init, dtype=torch.float64)
         learned = fit_mask(
