@@ -18,13 +18,15 @@ from eutectic.fusion._fusion import ModelSet, Run
 from eutectic.merge.run import save
 from eutectic.task import Arrays, Task
 
-NAMES = list(registry.names("fusion"))
+EVERY = list(registry.names("fusion"))
+#: those that descend
+NAMES = [name for name in EVERY if "lr" in _api.validated(name, {})]
 
 
 def short(name, **changes):
     """Few steps, whatever a method calls them."""
     known = _api.validated(name, {})
-    return {key: 3 for key in known if key.endswith("steps")} | {"batch_size": 4} | changes
+    return {key: 3 for key in known if key.endswith("steps")} | {key: 4 for key in known if key == "batch_size"} | changes
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float64], ids=["f32", "bf16", "f64"])
@@ -42,7 +44,7 @@ def setting():
     return setting_of()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_fitted_saved_loaded_and_streamed_is_what_is_in_memory(name, dtype, tmp_path):
     models, tasks = setting_of(dtype)
     artefact = _api.fit(name, models, tasks, short(name), Run(seed=1))
