@@ -123,6 +123,8 @@ def fuse(
     """
     import shutil
 
+    import torch
+
     from eutectic.bench import fusing
     from eutectic.fusion import _api as fusion
     from eutectic.fusion._fit import processes, rank
@@ -135,13 +137,17 @@ def fuse(
         raise EutecticError(f"{recipe}: is in mergekit's schema, which has no methods that are fitted: use `eutectic merge`")
     if out.exists() and not force:
         raise EutecticError(f"{out}: exists already. Choose another path, or pass --force.")
-    begun = out.with_name(f".{out.name}.fit")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise EutecticError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    begun = out.resolve().with_name(f".{out.resolve().name}.fit")
     with _bar() as progress, processes(device):
         how = Run(parsed.seed, parsed.protocol, device, autocast, begun, progress)
         artefact = fusing.fit_recipe(parsed, recipe.parent, how)
         if rank():
             return
-        merged = fusing.applied(parsed, recipe.parent, artefact)
+        parsed, merged = fusing.applied(parsed, recipe.parent, artefact)
 
         def attach(folder: Path) -> None:
             (folder / "artefact").mkdir()
@@ -263,7 +269,9 @@ def bench(
     method: Annotated[
         list[str] | None, typer.Option(help="Only this method, as ties or 'ties {density: 0.3}'; may be repeated.")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Of methods that are fitted; may be given several times.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Of methods that are fitted; may be given several times.", min=0)
+    ] = None,
     protocol: Annotated[
         list[Protocol] | None, typer.Option(help="What fitted methods see: adapt's inputs, or test's. May be given twice.")
     ] = None,
@@ -284,6 +292,8 @@ def bench(
         raise EutecticError(f"a study of {study.value} takes one seed and one protocol at a time")
     else:
         score = functools.partial(getattr(protocols, study.value), seed=(seed or [0])[0], protocol=seen[0])
+    if study is not Study.robustness and (corruption or severity):
+        raise EutecticError("--corruption and --severity are for --study robustness")
     if study is Study.robustness:
         score = functools.partial(score, kinds=corruption or list(corruptions.KINDS), severities=severity or [3])
     _run(suite, out or Path("runs") / Path(suite).name, tuple(method) if method else None, score)
@@ -347,7 +357,7 @@ def _open_recipe(path: Path, compat: Compat | None = None) -> tuple[AnyRecipe, M
 
     recipe = load(path, compat is not None)
     if isinstance(recipe, Recipe) and recipe.is_fitted:
-        merged: Merged | Composed = fusing.applied(recipe, path.parent)
+        recipe, merged = fusing.applied(recipe, path.parent)
     elif isinstance(recipe, Recipe) and recipe.suite:
         merged = suite_recipe(recipe)
     else:
@@ -400,7 +410,7 @@ def _choice(said: str) -> Choice:
         given = YAML(typ="safe", pure=True).load(rest) if rest.strip() else {}
     except YAMLError:
         given = None
-    if not isinstance(given, dict):
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise EutecticError(f"--method {said!r}: write a method's name, or one with parameters, as 'ties {{density: 0.3}}'")
     return Choice(name, given)
 

@@ -12,12 +12,13 @@ from eutectic.bench.evaluate import suite_models
 from eutectic.bench.suite import Suite
 from eutectic.bench.zoo import open_suite
 from eutectic.checkpoint.base import Checkpoint
-from eutectic.errors import RecipeError
+from eutectic.errors import RecipeError, did_you_mean
 from eutectic.fusion._api import fit, fused, load_artefact
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.merge.compose import Composed
 from eutectic.merge.recipe import Recipe
 from eutectic.merge.run import opened
+from eutectic.methods._method import validated
 
 
 def fit_recipe(recipe: Recipe, folder: Path, run: Run) -> Artefact:
@@ -35,17 +36,18 @@ def fit_recipe(recipe: Recipe, folder: Path, run: Run) -> Artefact:
     base, experts = _models(recipe, folder)
     suite = _suite(named, folder)
     tasks = [suite.task(name) for name in suite.classes if name in experts]
-    if not tasks:
-        raise RecipeError(f"no expert has the name of a task; the tasks are {', '.join(suite.classes)}")
+    for name in experts:
+        if name not in suite.classes:
+            raise RecipeError(f"the expert {name!r} has no task of its name in {named}.{did_you_mean(name, suite.classes)}")
     network = _network(recipe, suite, base, folder).to(run.device)
-    for task in tasks:
-        if isinstance(task.head, nn.Module):
-            task.head.to(run.device)
     return fit(recipe.method, ModelSet(network, base, experts), tasks, recipe.parameters, run)
 
 
-def applied(recipe: Recipe, folder: Path, artefact: Artefact | None = None) -> Composed:
-    """The weights that a recipe's artefact makes of its models.  Raises RecipeError if there is none, CheckpointError."""
+def applied(recipe: Recipe, folder: Path, artefact: Artefact | None = None) -> tuple[Recipe, Composed]:
+    """The weights that a recipe's artefact makes of its models, and the recipe with what the artefact says of its fit.
+
+    Raises RecipeError if there is none, or if the recipe says otherwise, CheckpointError.
+    """
     if artefact is None:
         if recipe.artefact is None:
             raise RecipeError(
@@ -55,7 +57,15 @@ def applied(recipe: Recipe, folder: Path, artefact: Artefact | None = None) -> C
         if artefact.about["method"] != recipe.method:
             raise RecipeError(f"{recipe.artefact}: was fitted by {artefact.about['method']}, not by {recipe.method}")
     base, experts = _models(recipe, folder)
-    return fused(base, experts, artefact)
+    merged = fused(base, experts, artefact)
+    facts = {key: artefact.about[key] for key in ("parameters", "seed", "protocol")}
+    for key in facts.keys() & recipe.model_fields_set:
+        said = validated(recipe.method, recipe.parameters) if key == "parameters" else getattr(recipe, key)
+        if said != facts[key]:
+            raise RecipeError(
+                f"{recipe.artefact or 'the artefact'} was fitted with other {key}: leave out `{key}`, or fit anew"
+            )
+    return recipe.model_copy(update=facts), merged
 
 
 def _models(recipe: Recipe, folder: Path) -> tuple[Checkpoint, Mapping[str, Checkpoint]]:

@@ -125,7 +125,7 @@ class Overlay(Checkpoint):
 
     def __init__(self, bottom: Checkpoint, top: Checkpoint) -> None:
         """Lay ``top`` over ``bottom``; a tensor of the same name may have another shape."""
-        self._bottom, self._top = bottom, top
+        self.bottom, self._top = bottom, top
         self.origin, self.files = f"{top.origin} over {bottom.origin}", top.files + bottom.files
         self._specs = {**bottom.specs, **top.specs}
 
@@ -135,7 +135,7 @@ class Overlay(Checkpoint):
         return self._specs
 
     def _of(self, name: str) -> Checkpoint:
-        return self._top if name in self._top.specs else self._bottom
+        return self._top if name in self._top.specs else self.bottom
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         return self._of(name)._read(name, start, stop)
@@ -146,7 +146,7 @@ class Overlay(Checkpoint):
 
     def prepare(self, names: Sequence[str], spread: Spread = map) -> None:
         """Each for its own tensors."""
-        for part in (self._top, self._bottom):
+        for part in (self._top, self.bottom):
             part.prepare([name for name in names if self._of(name) is part], spread)
 
     def need_bytes(self, name: str, n: int) -> int:
@@ -156,7 +156,7 @@ class Overlay(Checkpoint):
     def close(self) -> None:
         """Close both."""
         self._top.close()
-        self._bottom.close()
+        self.bottom.close()
 
 
 @final

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from eutectic import record, registry
-from eutectic.checkpoint.base import Checkpoint, live
+from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.checkpoint.hashed import fingerprint
 from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.safetensors import SafetensorsFile
@@ -52,17 +53,18 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
         "parameters": validated(name, parameters),
         "seed": run.seed,
         "protocol": run.protocol,
+        "autocast": run.autocast,
         "tasks": [task.name for task in tasks],
+        "seen": {task.name: _identity(task, run) for task in tasks},
         "models": hashes,
         "versions": record.versions(record.ENGINE),
     }
     if run.folder is not None:
-        key = hashlib.sha256(
-            json.dumps([about, run.autocast, run.device, str(run.storage)], sort_keys=True).encode()
-        ).hexdigest()
-        run = run.within(run.folder / key[:16])
-    models.network.eval()
-    with processes(run.device), _lent(models.network), torch.enable_grad():
+        # experts in their order: that is the order of what is fitted
+        said = [about, list(hashes), run.device, str(run.storage)]
+        run = run.within(run.folder / hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16])
+    heads = [task.head for task in tasks if isinstance(task.head, nn.Module)]
+    with processes(run.device), _lent(models.network), _frozen(heads, run.device), torch.enable_grad():
         found = fusion.fit(models, tasks, run)
     return Artefact(found.tensors, about | dict(found.about))
 
@@ -83,9 +85,31 @@ def _require_fitting(name: str, models: ModelSet, tasks: Sequence[Task]) -> None
         require_same_layout(models.base.specs, weights.specs, "the base", f"expert {expert!r} ({weights.origin})")
 
 
+def _identity(task: Task, run: Run) -> str:
+    """A hash of the inputs that a task shows, and of its head if that is a module."""
+    tensors = {"inputs": run.arrays(task).inputs.cpu()}
+    if isinstance(task.head, nn.Module):
+        tensors |= {f"head.{name}": tensor.cpu() for name, tensor in task.head.state_dict().items()}
+    return fingerprint(Memory(tensors))
+
+
+@contextlib.contextmanager
+def _frozen(heads: Sequence[nn.Module], device: str) -> Iterator[None]:
+    """Heads on a device, in evaluation mode and without gradients; afterwards they are as they were."""
+    with contextlib.ExitStack() as stack:
+        for head in heads:
+            first = next(itertools.chain(head.parameters(), head.buffers()), torch.empty(0))
+            stack.callback(head.train, head.training)
+            stack.callback(head.to, first.device)
+            stack.enter_context(_lent(head))
+            head.eval().requires_grad_(False).to(device)
+        yield
+
+
 @contextlib.contextmanager
 def _lent(network: nn.Module) -> Iterator[None]:
     """Which parameters are trained may be changed inside; gradients that are left are dropped."""
+    network.eval()
     flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     try:
         yield
@@ -107,7 +131,13 @@ def fused(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefac
         if fingerprint(model) != about["models"][name]:
             raise CheckpointError(f"{model.origin}: is not the {name} that the artefact was fitted for (the hashes differ)")
     bound = method(about["method"], about["parameters"])
-    return Composed({"base": base} | dict(experts), functools.partial(_outcome, bound, artefact), method=about["method"])
+    said = json.dumps(dict(about), sort_keys=True, default=str)
+    return Composed(
+        {"base": base} | dict(experts),
+        functools.partial(_outcome, bound, artefact),
+        method=about["method"],
+        identity=f"{fingerprint(artefact.tensors)} {said}",
+    )
 
 
 def _outcome(bound: Fusion, artefact: Artefact, inputs: Mapping[str, Checkpoint]) -> Outcome:
@@ -146,12 +176,21 @@ def fuse(
     """
     network = copy.deepcopy(backbone).to(device)
     opened = {expert: open(source) for expert, source in experts.items()}
-    base = live(backbone)
+    base = _base_of(backbone, opened)
     run = Run(seed, protocol, device, progress=progress)
     artefact = fit(name, ModelSet(network, base, opened), tasks, parameters, run)
     fill(network, fused(base, opened, artefact))
     object.__setattr__(network, "artefact", artefact)  # no tensor, so no business of the module's
     return network.eval()
+
+
+def _base_of(backbone: nn.Module, experts: Mapping[str, Checkpoint]) -> Memory:
+    """θ₀ on the processor, without those names of tied tensors that no expert has: files hold one of them."""
+    known = {name for expert in experts.values() for name in expert.specs}
+    state = backbone.state_dict(keep_vars=True)
+    held = {id(tensor) for name, tensor in state.items() if name in known}
+    kept = {name: tensor.detach().cpu() for name, tensor in state.items() if name in known or id(tensor) not in held}
+    return Memory(kept, origin=type(backbone).__name__)
 
 
 def save_artefact(artefact: Artefact, folder: Path, *, replace: bool = False) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from eutectic import registry
 from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.checkpoint.spec import Layout, TensorSpec
 from eutectic.checkpoint.views import Masked
@@ -18,9 +16,12 @@ from eutectic.fusion._fit import Batches, Descended, Loss, backward, descend, he
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._weighted import Site, Weighted
 from eutectic.merge.view import Merged, Override
+from eutectic.methods._method import validated
 from eutectic.task import Task
 
 Per = Literal["tensor", "task"]
+#: the closed forms that are linear in a parameter ``weights``
+LINEAR = ("task_arithmetic", "ties_sum")
 
 
 def vectors(
@@ -28,13 +29,19 @@ def vectors(
 ) -> dict[str, Checkpoint]:
     """What each expert adds to a merge that is linear in its ``weights``: θ₀ + T(τₖ), by expert.
 
-    Raises ParameterError if the method takes no ``weights``.
+    Raises ParameterError for a method that is none of ``LINEAR``, or parameters that leave nothing to fit.
     """
-    if "weights" not in inspect.signature(registry.get("methods", method)).parameters:
-        raise ParameterError(f"method {method!r} has no `weights`, so there are no coefficients to fit", ("method",))
+    given = dict(parameters or {})
+    if method not in LINEAR:
+        raise ParameterError(
+            f"method {method!r} is not linear in `weights`; coefficients are fitted of {', '.join(LINEAR)}", ("method",)
+        )
+    if fitted := [key for key in ("scale", "weights") if key in given]:
+        raise ParameterError(f"parameters: `{fitted[0]}` of {method} is what is fitted: leave it out", ("parameters",))
+    validated(method, given)
     if method == "task_arithmetic":
         return dict(experts)
-    given = {"scale": 1.0} | dict(parameters or {})
+    given["scale"] = 1.0
     units = torch.eye(len(experts)).tolist()
     return {name: Merged(method, base, experts, given | {"weights": unit}) for name, unit in zip(experts, units, strict=True)}
 

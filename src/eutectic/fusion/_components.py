@@ -108,7 +108,8 @@ def _matrix(site: Site, parts: Sequence[tuple[Tensor, Tensor]]) -> Matrix:
     owner = torch.arange(len(parts)).repeat_interleave(counts)
     place = torch.cat([torch.arange(count) for count in counts.tolist()])
     U, A = torch.cat([U for U, _ in parts], dim=1), torch.cat([A for _, A in parts])
-    empty = site._replace(vectors=lambda part: site.base.new_empty(len(parts), 0))  # its components take their place
+    nothing = site.base.new_empty(len(parts), 0)  # its components take the vectors' place
+    empty = site._replace(vectors=lambda part: nothing)
     return Matrix(empty, owner.to(device), place.to(device), U.to(device), A.to(device))
 
 

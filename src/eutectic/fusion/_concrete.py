@@ -63,7 +63,7 @@ def logit_gradient(mask_gradient: Tensor, scaled: Tensor, mean: float, temperatu
 
 
 def exported(logits: Sequence[Tensor], how: Export, temperature: float, seed: int) -> list[Tensor]:
-    """The m̂ that is used: of the mean of the hard mask σ(x), of the hard mask 1[x > 0], or of one seeded sample."""
+    """The m̂ that is used: of the mean of the hard mask σ(x), of the hard mask 1[x ≥ 0], or of one seeded sample."""
     found = []
     noise = generator(seed, "export")
     for x in logits:
@@ -71,7 +71,7 @@ def exported(logits: Sequence[Tensor], how: Export, temperature: float, seed: in
             case "mean":
                 mask = x.sigmoid()
             case "hard":
-                mask = (x > 0).to(x.dtype)
+                mask = (x >= 0).to(x.dtype)
             case "sample":
                 mask = sampled(x, temperature, noise)
         found.append(rescaled(mask)[0])
@@ -104,7 +104,7 @@ def masked(
         equation = Weighted(models.network, models.base, {"merge": merged}, run.storage, fixed=[1.0])
         mask = ConcreteMask(equation, temperature, run.seed)
         start = torch.ones(equation.shape, dtype=torch.float64)
-        found = fit_mask(mask, start, batches, loss, run, steps=steps, lr=lr, inner_lr=0.0, patience=patience)
+        found = fit_mask(mask, start, batches, loss, run, steps=steps, lr=lr, inner_lr=0.0, patience=patience, export=export)
         mask.logits = found.tensors
         masks = exported(list(mask.logits.values()), export, temperature, run.seed)
         about = facts(equation, method, merged.parameters) | {"history": found.history, "density": mask.density()}
@@ -139,7 +139,7 @@ class ConcreteMask:
 
     def density(self) -> dict[str, float]:
         """The share of weights that the hard mask keeps, of all and at the extremes among tensors."""
-        kept = {name: float((x > 0).double().mean()) for name, x in self.logits.items()}
+        kept = {name: float((x >= 0).double().mean()) for name, x in self.logits.items()}
         total = sum(x.numel() for x in self.logits.values())
         return {
             "all": sum(kept[name] * x.numel() for name, x in self.logits.items()) / max(1, total),
@@ -159,12 +159,14 @@ def fit_mask(
     lr: float,
     inner_lr: float,
     patience: int,
+    export: Export,
     per: Per = "tensor",
 ) -> Descended:
     """Logits that minimise a loss, each step at weights that one step from ``start_KL`` has adapted to the mask.
 
     The inner step comes first, at the start's weights and a sample of its own, and moves each weight by ``inner_lr`` against
     the sign of its gradient: Adam's first step.  With ``inner_lr`` 0 there is none.  The outer step takes weights as constants.
+    Which logits are best is judged at ``start_KL`` and the mask as it is exported.
     """
     equation = mask.equation
 
@@ -184,7 +186,7 @@ def fit_mask(
         return value, mask.gradient(weights, masks)
 
     def criterion() -> float:
-        equation.write(start_KL, exported(list(mask.logits.values()), "mean", mask.temperature, 0))
+        equation.write(start_KL, exported(list(mask.logits.values()), export, mask.temperature, run.seed))
         return held_out_loss(equation.network, batches, loss, run)
 
     return descend("mask", mask.logits, gradients, criterion, run, steps=steps, lr=lr, patience=patience)

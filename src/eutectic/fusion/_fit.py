@@ -232,6 +232,8 @@ def processes(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
         yield
         return
+    if device == "cuda":  # each process has a card of its own
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # coefficients stay on the processor wherever the network is
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:

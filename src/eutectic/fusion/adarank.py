@@ -24,7 +24,7 @@ def adarank(
     init: Finite = 0.3,
     margin: Positive = 0.1,
     steps: Count = 100,
-    lr: Positive = 1e-3,
+    lr: Positive = 1e-2,
     batch_size: Count = 8,
     patience: Count = 5,
 ) -> Fusion:

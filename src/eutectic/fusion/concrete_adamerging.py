@@ -66,7 +66,17 @@ def concrete_adamerging(
         mask = ConcreteMask(equation, temperature, run.seed)
         start = torch.full(equation.shape, init, dtype=torch.float64)
         learned = fit_mask(
-            mask, start, batches, entropy, run, steps=mask_steps, lr=mask_lr, inner_lr=inner_lr, patience=patience, per=per
+            mask,
+            start,
+            batches,
+            entropy,
+            run,
+            steps=mask_steps,
+            lr=mask_lr,
+            inner_lr=inner_lr,
+            patience=patience,
+            export=export,
+            per=per,
         )
         mask.logits = learned.tensors
         masks = exported(list(mask.logits.values()), export, temperature, run.seed)

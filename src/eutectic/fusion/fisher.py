@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eutectic.errors import LayoutError, NonFiniteError
+from eutectic.errors import LayoutError, NonFiniteError, TaskError
 from eutectic.fusion._fit import generator
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import fill
@@ -71,6 +71,8 @@ def information(
     draws = torch.rand(len(index), generator=generator(run.seed, task.name, "labels"), dtype=torch.float64)
     for number, (at, draw) in enumerate(zip(index, draws.tolist(), strict=True), start=1):
         log_p = F.log_softmax(run.forward(network, task, arrays.take(at[None])[0]), dim=1)[0]
+        if not log_p.requires_grad:
+            raise TaskError(f"task {task.name!r}: its head cuts the graph, so there is no gradient of its predictions")
         label = (log_p.detach().double().exp().cumsum(0) < draw).sum().clamp(max=len(log_p) - 1)
         gradients = torch.autograd.grad(log_p[label], list(parameters.values()), allow_unused=True)
         for square, gradient in zip(found.values(), gradients, strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eutectic.checkpoint.base import Checkpoint, Span, Spread
 from eutectic.checkpoint.spec import Layout
-from eutectic.checkpoint.views import Masked
+from eutectic.checkpoint.views import Masked, Overlay
 from eutectic.errors import LayoutError
 from eutectic.merge.slices import Origin
 from eutectic.merge.upcycle import Mixture
@@ -64,7 +64,7 @@ class Joined(Checkpoint):
 def merges_of(checkpoint: Checkpoint) -> list[Merged]:
     """The merges that a composition is made of, without those that these merge in turn."""
     parts = checkpoint.parts if isinstance(checkpoint, Joined) else [checkpoint]
-    parts = [part.changed if isinstance(part, Masked) else part for part in parts]
+    parts = [part.changed if isinstance(part, Masked) else part.bottom if isinstance(part, Overlay) else part for part in parts]
     return [part for part in parts if isinstance(part, Merged)]
 
 
@@ -98,6 +98,7 @@ class Composed(Checkpoint):
         method: str,
         notes: Sequence[str] = (),
         chat_template: str | None = None,
+        identity: str = "",
     ) -> None:
         """Build and check; no tensor is read.
 
@@ -107,9 +108,10 @@ class Composed(Checkpoint):
             method: for people.
             notes: what a person should know, a line each.
             chat_template: the text of the output's, if it is not to be that of its tokenizer's files.
+            identity: what the result depends on beside inputs and recipe; an unfinished output of another is not carried on.
         """
         self.inputs, self._build = dict(inputs), build
-        self.method, self.notes, self.chat_template = method, tuple(notes), chat_template
+        self.method, self.notes, self.chat_template, self.identity = method, tuple(notes), chat_template, identity
         self._below, self.donor, self.layers, self.tokenizer, self.mixture = build(self.inputs)
         self.origin, self.files = self._below.origin, self._below.files
 
@@ -154,6 +156,7 @@ class Composed(Checkpoint):
             method=self.method,
             notes=self.notes,
             chat_template=self.chat_template,
+            identity=self.identity,
         )
 
     def grain(self, name: str) -> int:

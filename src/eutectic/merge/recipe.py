@@ -230,9 +230,16 @@ def _check_method(recipe: Recipe, data: CommentedMap, source: str) -> None:
         fitted = recipe.is_fitted
     except UnknownNameError as error:
         raise UnknownNameError(f"{source}:{line_of(data, ['method'])}: {error}") from None
-    for key, why in (("overrides", "fits each tensor by itself"), ("dtype", "keeps the base's dtypes")):
+    keeps = "keeps what the base has"
+    for key, why in (
+        ("overrides", "fits each tensor by itself"),
+        *((key, keeps) for key in ("dtype", "tokenizer", "chat_template")),
+    ):
         if fitted and getattr(recipe, key):
             raise RecipeError(f"{source}:{line_of(data, [key])}: {recipe.method} {why}: leave out `{key}`")
+    for key, other in (("tasks", "suite"), ("tasks", "artefact")):
+        if getattr(recipe, key) and getattr(recipe, other):
+            raise RecipeError(f"{source}:{line_of(data, [key])}: a recipe with `{other}` has its tasks: leave out `{key}`")
     for key in ("tasks", "artefact"):
         if not fitted and getattr(recipe, key):
             raise RecipeError(f"{source}:{line_of(data, [key])}: {recipe.method} is fitted to nothing: leave out `{key}`")

@@ -233,6 +233,8 @@ def _key(checkpoint: Checkpoint, recipe: AnyRecipe | None, max_shard_bytes: int,
     leaves = checkpoint.inputs.values() if isinstance(checkpoint, (Merged, Composed)) else [checkpoint]
     identity = files if all(leaf.durable for leaf in leaves) else secrets.token_hex(16)
     said = recipe.canonical_json() if recipe else ""
+    if isinstance(checkpoint, Composed):
+        said += checkpoint.identity
     layout, versions = dict(checkpoint.specs), record.versions(record.ENGINE)
     return hashlib.sha256(repr((identity, said, layout, max_shard_bytes, repair, versions)).encode()).hexdigest()
 
