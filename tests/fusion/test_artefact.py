@@ -18,7 +18,8 @@ from eutectic.fusion._fusion import ModelSet, Run
 from eutectic.merge.run import save
 from eutectic.task import Arrays, Task
 
-NAMES = list(registry.names("fusion"))
+#: those that make weights; the others keep their experts
+NAMES = [name for name in registry.names("fusion") if _api.method(name, {}).network is None]
 
 
 def short(name, **changes):
