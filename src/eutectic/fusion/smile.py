@@ -29,7 +29,8 @@ def smile(rank: Count = 32, gate_rank: Count = 16, top_k: Count = 1, rest: Liter
         y = W₀x + b₀ + Σᵢ pᵢ (Uᵢ Sᵢ Vᵢᵀ x + bᵢ − b₀),     Wᵢ − W₀ ≈ Uᵢ Sᵢ Vᵢᵀ
         pᵢ = softmax over the top_k of ‖Vᵢᵀ x‖, by the gate_rank strongest directions; 0 for the other experts
 
-    Looks at no data; tasks may be left out.  Every token and layer chooses for itself.
+    Looks at no data; tasks may be left out.  Every token and layer chooses for itself.  LoRA experts that began with the same A
+    have nearly the same Vᵢ, whose gate cannot tell them apart, however well the factors hold each of them.
 
     Args:
         rank: directions kept of each expert and matrix, at most; as many as the matrix has are lossless.
