@@ -18,7 +18,8 @@ from eutectic.fusion._fusion import ModelSet, Run
 from eutectic.merge.run import save
 from eutectic.task import Arrays, Task
 
-EVERY = list(registry.names("fusion"))
+#: those that make weights; the others keep their experts
+EVERY = [name for name in registry.names("fusion") if _api.method(name, {}).network is None]
 #: those that descend
 NAMES = [name for name in EVERY if "lr" in _api.validated(name, {})]
 

@@ -20,8 +20,7 @@ from eutectic.bench.zoo import open_suite
 from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.checkpoint.views import Lerp
 from eutectic.errors import LayoutError, RecipeError, TaskError
-from eutectic.fusion._api import fit, fused
-from eutectic.fusion._api import method as bound
+from eutectic.fusion._api import fit, fused, require_weights
 from eutectic.fusion._fusion import ModelSet, Protocol, Run
 from eutectic.merge.api import state_dict
 from eutectic.merge.recipe import Recipe
@@ -118,7 +117,7 @@ def require(suite: Suite, choices: Sequence[Choice], experts: Sequence[str]) -> 
     """Refuse what cannot be fused: UnknownNameError, ParameterError, LayoutError."""
     for method, parameters in choices:
         if registry.room_of(method) == "fusion":
-            bound(method, parameters)
+            require_weights(method, parameters)
         else:
             merge_suite(suite, method, parameters, list(experts))
 

@@ -1,1 +1,1 @@
-"""Methods that look at data: each is fitted to a small artefact, which the streamed engine applies."""
+"""Methods that are fitted to a small artefact, mostly on data: it is applied in a stream, or by a network of the experts."""

@@ -46,7 +46,7 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
     Raises LayoutError for experts that do not fit the base, TaskError, ParameterError, NonFiniteError.
     """
     fusion = method(name, parameters)
-    _require_fitting(name, models, tasks)
+    _require_fitting(name, models, tasks, fusion.least_tasks)
     hashes = {"base": fingerprint(models.base)} | {f"experts.{n}": fingerprint(c) for n, c in models.experts.items()}
     about = {
         "method": name,
@@ -55,7 +55,7 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
         "protocol": run.protocol,
         "autocast": run.autocast,
         "tasks": [task.name for task in tasks],
-        "seen": {task.name: _identity(task, run) for task in tasks},
+        "seen": {task.name: _identity(task, run) for task in tasks if fusion.least_tasks},
         "models": hashes,
         "versions": record.versions(record.ENGINE),
     }
@@ -69,9 +69,9 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
     return Artefact(found.tensors, about | dict(found.about))
 
 
-def _require_fitting(name: str, models: ModelSet, tasks: Sequence[Task]) -> None:
+def _require_fitting(name: str, models: ModelSet, tasks: Sequence[Task], least_tasks: int) -> None:
     """Refuse at once what would be refused after minutes, or never."""
-    if not tasks:
+    if len(tasks) < least_tasks:
         raise TaskError(f"{name}: there are no tasks to adapt to")
     names = [task.name for task in tasks]
     twice = next((task for task in names if names.count(task) > 1), None)
@@ -118,11 +118,44 @@ def _lent(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag).grad = None
 
 
+def require_weights(name: str, parameters: Mapping[str, Any]) -> Fusion:
+    """As ``method``, for one whose result has the base's layout.  Raises LayoutError for one that keeps its experts."""
+    bound = method(name, parameters)
+    if bound.network is not None:
+        raise LayoutError(f"{name} keeps its experts, so its result has not the base's layout: use `eutectic.fuse` in Python")
+    return bound
+
+
 def fused(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Composed:
     """The weights that an artefact makes of the models that it was fitted for, lazily.
 
-    Raises CheckpointError if these are other models, ParameterError for an artefact of other parameters.
+    Raises CheckpointError if these are other models, ParameterError for an artefact of other parameters, LayoutError for a
+    method that keeps its experts.
     """
+    _require_models(base, experts, artefact)
+    bound = require_weights(artefact.about["method"], artefact.about["parameters"])
+    return Composed(
+        {"base": base} | dict(experts),
+        functools.partial(_outcome, bound, artefact),
+        method=artefact.about["method"],
+        identity=f"{fingerprint(artefact.tensors)} {json.dumps(dict(artefact.about), sort_keys=True)}",
+    )
+
+
+def applied(network: nn.Module, base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> nn.Module:
+    """The network that an artefact makes of one with the base's layout, which is used up; in evaluation mode.
+
+    Raises CheckpointError if these are other models than it was fitted for, ParameterError for other parameters.
+    """
+    _require_models(base, experts, artefact)
+    bound = method(artefact.about["method"], artefact.about["parameters"])
+    fill(network, bound.build(base, experts, artefact))
+    made = network if bound.network is None else bound.network(network, base, experts, artefact)
+    object.__setattr__(made, "artefact", artefact)  # no tensor, so no business of the module's
+    return made.eval()
+
+
+def _require_models(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> None:
     about = artefact.about
     given = {"base": base} | {f"experts.{name}": expert for name, expert in experts.items()}
     if list(about["models"]) != list(given):
@@ -130,14 +163,6 @@ def fused(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefac
     for name, model in given.items():
         if fingerprint(model) != about["models"][name]:
             raise CheckpointError(f"{model.origin}: is not the {name} that the artefact was fitted for (the hashes differ)")
-    bound = method(about["method"], about["parameters"])
-    said = json.dumps(dict(about), sort_keys=True, default=str)
-    return Composed(
-        {"base": base} | dict(experts),
-        functools.partial(_outcome, bound, artefact),
-        method=about["method"],
-        identity=f"{fingerprint(artefact.tensors)} {said}",
-    )
 
 
 def _outcome(bound: Fusion, artefact: Artefact, inputs: Mapping[str, Checkpoint]) -> Outcome:
@@ -158,20 +183,21 @@ def fuse(
     progress: Progress = silent,
     **parameters: Any,
 ) -> nn.Module:
-    """Fuse experts into one network by a method that is fitted to unlabelled inputs of the tasks.
+    """Fuse experts into one network by a method that is fitted to unlabelled inputs of the tasks, or keeps its experts.
 
     Args:
         name: a registered fusion method, see ``eutectic methods``.
         backbone: the network with θ₀; it is left as it is.
         experts: by name; methods that ask an expert about a task's inputs take the one of the task's name.
-        tasks: what the fused network is to do; only their inputs are seen.
+        tasks: what the fused network is to do; only their inputs are seen.  Some methods need none.
         seed: fixes the result.
         protocol: ``inductive`` sees the inputs of the split ``adapt``, ``transductive`` those of ``test``.
         device: where the network runs.
         progress: is told (what, done, total).
         parameters: of the method.
 
-    Returns a network of the backbone's class in evaluation mode, whose ``artefact`` can be saved and applied again.
+    Returns a network of the backbone's class in evaluation mode, with other layers where a method keeps its experts.  Its
+    ``artefact`` can be saved and applied again.
     Raises UnknownNameError, ParameterError, LayoutError, TaskError, NonFiniteError, CheckpointError.
     """
     network = copy.deepcopy(backbone).to(device)
@@ -179,9 +205,7 @@ def fuse(
     base = _base_of(backbone, opened)
     run = Run(seed, protocol, device, progress=progress)
     artefact = fit(name, ModelSet(network, base, opened), tasks, parameters, run)
-    fill(network, fused(base, opened, artefact))
-    object.__setattr__(network, "artefact", artefact)  # no tensor, so no business of the module's
-    return network.eval()
+    return applied(network, base, opened, artefact)
 
 
 def _base_of(backbone: nn.Module, experts: Mapping[str, Checkpoint]) -> Memory:

@@ -159,7 +159,7 @@ def fit_mask(
     lr: float,
     inner_lr: float,
     patience: int,
-    export: Export,
+    export: Export = "mean",
     per: Per = "tensor",
 ) -> Descended:
     """Logits that minimise a loss, each step at weights that one step from ``start_KL`` has adapted to the mask.

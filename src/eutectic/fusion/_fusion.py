@@ -1,4 +1,4 @@
-"""What a fusion method is: ``fit`` looks at data and gives a small artefact, ``build`` makes weights of it.
+"""What a fusion method is: ``fit`` gives a small artefact, ``build`` makes weights of it, or ``network`` keeps the experts.
 
 K = experts, L = tensors whose coefficients are fitted, p = elements of a tensor.
 """
@@ -94,10 +94,15 @@ class Fusion(NamedTuple):
 
     ``fit`` raises TaskError for tasks it cannot use, NonFiniteError for a loss that is not finite.  ``build`` gets the base
     and the experts, and an artefact's tensors and facts; its result is lazy.
+
+    Most methods end there.  One that keeps its experts has a ``network`` too, which gets a backbone with what ``build`` made
+    of it, changes it in place to the mixture, and returns it.  ``least_tasks`` is 0 for a method that looks at no data.
     """
 
     fit: Callable[[ModelSet, Sequence[Task], Run], Artefact]
     build: Callable[[Checkpoint, Mapping[str, Checkpoint], Artefact], Checkpoint]
+    network: Callable[[nn.Module, Checkpoint, Mapping[str, Checkpoint], Artefact], nn.Module] | None = None
+    least_tasks: int = 1
 
 
 def expert_of(task: Task, models: ModelSet) -> str:

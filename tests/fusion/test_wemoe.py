@@ -1,0 +1,226 @@
+"""WEMoE: routed by sample, begun at task arithmetic, exact at its corners, and only its routers are trained."""
+
+import copy
+
+import pytest
+import torch
+from tests.fusion.networks import base_of, experts_of, inputs_of, network_of, tasks_of
+from torch import nn
+
+import eutectic as eu
+from eutectic.checkpoint.base import Memory
+from eutectic.errors import CheckpointError, LayoutError, ParameterError
+from eutectic.fusion import _api, _routing, wemoe
+from eutectic.fusion._fusion import ModelSet
+from eutectic.fusion._routing import DenseExperts, LeadingExperts, Shared
+
+SHORT = {"steps": 1, "batch_size": 2}
+
+
+def models_of(kind, dtype=torch.float64):
+    network, width = network_of(kind, dtype)
+    return ModelSet(network, base_of(network), experts_of(network)), tasks_of(kind, width, n=12, dtype=dtype)
+
+
+def fused(models, tasks, **parameters):
+    return eu.fuse("wemoe", models.network, models.experts, tasks=tasks, **SHORT | parameters)
+
+
+def routers(mixture):
+    return [module.router for module in mixture.modules() if isinstance(module, LeadingExperts)]
+
+
+@torch.no_grad()
+def set_to(mixture, c):
+    """Whatever the input, the coefficients are these."""
+    for router in routers(mixture):
+        for parameter in router.parameters():
+            parameter.zero_()
+        router[-1].bias.copy_(torch.tensor(c, dtype=torch.float64))
+
+
+def filled(network, state):
+    network = copy.deepcopy(network)
+    network.load_state_dict(state)
+    return network
+
+
+def spread(mixture):
+    """Routers that tell samples apart."""
+    with torch.no_grad():
+        for number, router in enumerate(routers(mixture)):
+            for parameter in router.parameters():
+                parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(number))
+    return mixture
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "clip", "bert", "t5", "llama"])
+def test_every_mlp_is_found_and_nothing_else_and_the_corners_are_exact(kind):
+    models, tasks = models_of(kind)
+    mixture, inputs = fused(models, tasks, hidden=1), inputs_of(kind, 3)
+    inside = [name for name, module in mixture.named_modules() if isinstance(module, DenseExperts)]
+    assert len(routers(mixture)) == (4 if kind == "t5" else 2)
+    assert len(inside) == len(routers(mixture)) * (3 if kind == "llama" else 2)
+    assert not any("attention" in name.lower() or "attn" in name for name in inside)
+
+    arithmetic = eu.state_dict(eu.merge("task_arithmetic", models.base, models.experts, scale=0.3))
+    set_to(mixture, [0.3, 0.3])
+    torch.testing.assert_close(mixture(inputs), filled(models.network, arithmetic)(inputs), rtol=0, atol=1e-9)
+    for number, expert in enumerate(models.experts.values()):
+        set_to(mixture, torch.eye(2)[number].tolist())
+        own = {name: expert.read(name) if name.rpartition(".")[0] in inside else t for name, t in arithmetic.items()}
+        torch.testing.assert_close(mixture(inputs), filled(models.network, own)(inputs), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("hidden", [1, 2])
+def test_an_output_does_not_depend_on_what_else_is_in_the_batch(hidden, monkeypatch):
+    models, tasks = models_of("vit")
+    mixture, inputs = spread(fused(models, tasks, hidden=hidden)), inputs_of("vit", 5)
+    together = mixture(inputs)
+    torch.testing.assert_close(together, torch.cat([mixture(one[None]) for one in inputs]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(together.flip(0), mixture(inputs.flip(0)), rtol=0, atol=1e-12)
+    found = routers(mixture)[0](torch.stack([inputs_of("vit", 2, seed=i).flatten()[:16] for i in range(4)]))
+    assert found.std(0).min() > 0.05  # samples are told apart
+    monkeypatch.setattr(_routing, "CHUNK", 1000)
+    torch.testing.assert_close(mixture(inputs), together, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 5), (4, 2, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_merging_matrices_is_the_sum_of_the_experts_outputs_with_its_gradient(shape, bias, monkeypatch):
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 5, bias=bias, dtype=torch.float64)
+    D, d = torch.randn(3, 5, 6, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64) if bias else None
+    shared = Shared()
+    layer = DenseExperts(linear, D, d, shared)
+    x, c = torch.randn(*shape, 6, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    shared.c = c
+    expected = []
+    for sample, own in zip(x, c.detach(), strict=True):
+        weight = linear.weight.detach().clone()
+        shift = torch.zeros(5, dtype=torch.float64) if d is None else linear.bias.detach().clone()
+        for i in range(3):
+            weight += own[i] * D[i]
+            shift += 0 if d is None else own[i] * d[i]
+        expected.append(sample @ weight.T + shift)
+    for chunk in (1, 1 << 20):
+        monkeypatch.setattr(_routing, "CHUNK", chunk)
+        found = layer(x)
+        torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-12)
+        G = torch.randn(found.shape, dtype=torch.float64)
+        (gradient,) = torch.autograd.grad(found, c, G)
+        flat, out = x.reshape(4, -1, 6), G.reshape(4, -1, 5)
+        each = [[(out[b] * (flat[b] @ D[i].T + (0 if d is None else d[i]))).sum() for i in range(3)] for b in range(4)]
+        torch.testing.assert_close(gradient, torch.tensor(each, dtype=torch.float64))
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["weight"] + ["bias"] * bias
+
+
+@pytest.mark.parametrize("target", ["experts", "entropy"])
+def test_only_routers_are_trained_and_what_they_are_fitted_to_falls(target):
+    models, tasks = models_of("vit", torch.float32)
+    before = eu.state_dict(models.base), [{k: t.clone() for k, t in eu.state_dict(e).items()} for e in models.experts.values()]
+    mixture = fused(models, tasks, target=target, steps=40, batch_size=4, lr=1e-2, hidden=2)
+    history = mixture.artefact.about["history"]
+    assert [step for step, *_ in history] == [0, 20, 40]
+    assert history[-1][2] < 0.98 * history[0][2]
+    arithmetic = eu.state_dict(eu.merge("task_arithmetic", models.base, models.experts, scale=0.3))
+    state = mixture.state_dict()
+    for name, tensor in models.network.state_dict().items():
+        assert torch.equal(tensor, before[0][name]), name
+        assert torch.equal(state[name], tensor if ".mlp." in name else arithmetic[name]), name
+    for expert, kept in zip(models.experts.values(), before[1], strict=True):
+        assert all(torch.equal(expert.read(name), tensor) for name, tensor in kept.items())
+    trained = {key for key in mixture.artefact.tensors.specs}
+    assert trained == {f"model.layers.{i}:{at}.{key}" for i in (0, 1) for at in (0, 2) for key in ("weight", "bias")}
+    again = fused(models, tasks, target=target, steps=40, batch_size=4, lr=1e-2, hidden=2)
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in state.items())
+
+
+@pytest.mark.parametrize("hidden", [0, 1, 2])
+def test_routers_begin_at_the_scale_and_have_the_papers_size(hidden):
+    layer = nn.Linear(400, 3)
+    router = wemoe._router(layer, 8, hidden, 0.3, 0, "block")
+    size = {0: 8, 1: 8 * 400 + 8, 2: 400**2 + 400 + 8 * 400 + 8}[hidden]
+    assert sum(p.numel() for p in router.parameters()) == size
+    assert torch.equal(router[-1].bias, torch.full((8,), 0.3))
+    x = torch.randn(5, 7, 400, generator=torch.Generator().manual_seed(0))
+    assert router(x).shape == (5, 7, 8)
+    for linear in (part for part in router if isinstance(part, nn.Linear)):
+        assert float(linear.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
+    if hidden == 2:
+        assert not router[0].bias.any()
+    assert not torch.equal(
+        wemoe._router(layer, 8, 1, 0.3, 1, "block")[0].weight, wemoe._router(layer, 8, 1, 0.3, 0, "block")[0].weight
+    )
+
+
+def test_the_network_is_the_base_and_each_experts_mlps_and_the_routers():
+    models, tasks = models_of("vit")
+    mixture = fused(models, tasks)
+    count = sum(p.numel() for p in models.network.parameters())
+    inside = sum(p.numel() for name, p in models.network.named_parameters() if ".mlp." in name)
+    assert sum(p.numel() for p in mixture.parameters()) == count + 2 * inside + 2 * (16**2 + 16 + 2 * 16 + 2)
+
+
+def test_an_artefact_of_routers_is_kept_and_applied_again_and_a_mixture_can_be_copied(tmp_path):
+    models, tasks = models_of("bert", torch.float32)
+    mixture, inputs = fused(models, tasks, steps=2, lr=0.1), inputs_of("bert", 4)
+    expected = mixture(inputs)
+    _api.save_artefact(mixture.artefact, tmp_path / "artefact")
+    loaded = _api.load_artefact(tmp_path / "artefact")
+    again = _api.applied(copy.deepcopy(models.network), models.base, models.experts, loaded)
+    assert torch.equal(again(inputs), expected)
+    copied = copy.deepcopy(mixture)  # though coefficients with a graph are left in it
+    assert torch.equal(copied(inputs), expected)
+    set_to(mixture, [0.0, 1.0])
+    assert torch.equal(copied(inputs), expected)
+    with pytest.raises(LayoutError, match="wemoe keeps its experts"):
+        _api.fused(models.base, models.experts, loaded)
+    other = loaded._replace(about=dict(loaded.about) | {"blocks": ["x"]})
+    with pytest.raises(CheckpointError, match="other blocks"):
+        _api.applied(copy.deepcopy(models.network), models.base, models.experts, other)
+
+
+def test_blocks_are_found_by_name_too_and_refused_with_what_there_is():
+    models, tasks = models_of("awkward", torch.float32)
+    with pytest.raises(LayoutError, match="no linear layer is called like .* there are first, twin, again, frozen"):
+        fused(models, tasks)
+    mixture = fused(models, tasks, blocks="(fir|fro).*")
+    assert isinstance(mixture.first, LeadingExperts)
+    assert isinstance(mixture.frozen, LeadingExperts)
+    assert type(mixture.twin) is nn.Linear
+    with pytest.raises(ParameterError, match="no regular expression"):
+        fused(models, tasks, blocks="(")
+    with pytest.raises(ParameterError, match="tells one block from another"):
+        fused(models, tasks, blocks=".*")
+    same = {
+        name: Memory(eu.state_dict(e) | {f"first.{k}": models.base.read(f"first.{k}") for k in ("weight", "bias")})
+        for name, e in models.experts.items()
+    }
+    with pytest.raises(LayoutError, match="no expert differs"):
+        fused(models._replace(experts=same), tasks, blocks="(first)")
+    with pytest.raises(ParameterError, match="hidden"):
+        fused(models, tasks, hidden=3)
+    block = fused(models, tasks, blocks="()(?:first|frozen)")
+    with pytest.raises(LayoutError, match="other samples than its first"):
+        block.frozen(torch.zeros(3, 5))
+
+
+def test_the_suites_own_transformer_is_routed():
+    from eutectic.bench.vit import ViT
+
+    torch.manual_seed(0)
+    config = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "mlp_ratio": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    network = ViT(config | {"layer_norm_eps": 1e-6}).double().eval()
+    models = ModelSet(network, base_of(network), experts_of(network))
+    mixture = fused(models, tasks_of("vit", 16, n=8))
+    assert list(mixture.artefact.about["blocks"]) == ["encoder.layer.0", "encoder.layer.1"]
+    assert sum(isinstance(module, DenseExperts) for module in mixture.modules()) == 4
+    assert mixture(inputs_of("vit", 2)).shape == (2, 16)
