@@ -17,8 +17,8 @@ setup: .venv/.stamp-dev ## make .venv with the package, editable, and what its t
 demo: .venv/.stamp-core ## fuse eight experts by many methods and score them all (ARGS=--all: every method)
 	$(BIN)/eutectic demo $(ARGS)
 
-test: .venv/.stamp-dev ## run the tests (ARGS="-n 2 -m 'not slow'": any of pytest's options)
-	$(BIN)/python -m pytest -q $(ARGS)
+test: .venv/.stamp-dev ## run the tests in two processes (ARGS="-m 'not slow'": any of pytest's options)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 parity: .venv/.stamp-dev ## compare with mergekit, installed in an environment of its own (EUTECTIC_PEERS=folder: where)
 	$(BIN)/python -m pytest -q -m peer tests/parity $(ARGS)

@@ -115,6 +115,7 @@ def test_a_generalisation_scores_what_the_seen_experts_make(general, suite):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_robustness_fits_clean_once_and_each_corruption_alike(suite, monkeypatch):
     fitted = []
 
