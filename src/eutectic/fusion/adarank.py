@@ -44,7 +44,7 @@ def adarank(
         batch_size: of each task.
         patience: stop when the entropy of inputs held out was not better so many times in a row, each 20 steps.
 
-    Source: Lee et al., ICLR 2026, arXiv:2503.22178, section 4.  Differs from the paper in that shares are of the components
+    Source: Lee et al., ICLR 2026, arXiv:2503.22178.  Differs from the paper in that shares are of the components
     that are more than rounding, in that it adapts on inputs that are not those of the test, and stops early.
     """
 
