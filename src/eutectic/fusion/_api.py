@@ -61,7 +61,7 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
     }
     if run.folder is not None:
         # experts in their order: that is the order of what is fitted
-        said = [about, list(hashes), run.device, str(run.storage)]
+        said = [about, list(hashes), run.device, str(run.held)]
         run = run.within(run.folder / hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16])
     heads = [task.head for task in tasks if isinstance(task.head, nn.Module)]
     with processes(run.device), _lent(models.network), _frozen(heads, run.device), torch.enable_grad():

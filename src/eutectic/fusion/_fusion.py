@@ -35,8 +35,9 @@ class Run:
 
     ``protocol`` says which inputs it sees, never their labels: those of ``adapt`` (inductive), or those of ``test``
     (transductive, as the papers did).  ``autocast`` runs forward and backward passes in bfloat16.  With ``folder`` the state is
-    kept there, so that an interrupted fit is carried on by the same call.  ``storage`` is the dtype in which task vectors are
-    held in memory; with None they are not, and the experts are read again at each step.
+    kept there, so that an interrupted fit is carried on by the same call.  ``storage`` says where task vectors
+    are: in the experts' files, read again whenever they are needed, or in memory, rounded to bfloat16.  By default it is files
+    where a processor fits, which they cost a few per cent of the time, and memory where an accelerator does.
     """
 
     seed: int = 0
@@ -45,12 +46,18 @@ class Run:
     autocast: bool = False
     folder: Path | None = None
     progress: Progress = silent
-    storage: torch.dtype | None = torch.bfloat16
+    storage: Literal["files", "memory"] | None = None
 
     @property
     def split(self) -> str:
         """The split whose inputs are seen."""
         return "adapt" if self.protocol == "inductive" else "test"
+
+    @property
+    def held(self) -> torch.dtype | None:
+        """The dtype in which task vectors are held in memory; None if they are read again."""
+        where = self.storage or ("files" if self.device == "cpu" else "memory")
+        return None if where == "files" else torch.bfloat16
 
     def within(self, folder: Path) -> Run:
         """The same, kept in another folder."""
