@@ -111,3 +111,14 @@ def test_a_fit_says_what_it_routes():
     about = _api.fit("wemoe", models, tasks, parameters, Run()).about
     assert json.loads(json.dumps(about["layers"])) == about["layers"]
     assert sum("router" in one for one in about["layers"].values()) == 2
+
+
+@pytest.mark.parametrize("name", list(PARAMETERS))
+def test_a_mixture_can_be_exported(name):
+    models, tasks, parameters = setting_of("vit", name)
+    mixture = eu.fuse(name, models.network, models.experts, tasks=tasks, **parameters)
+    inputs = inputs_of("vit", 4).float()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(mixture, (inputs,), dynamic_shapes=({0: batch},))
+    other = inputs_of("vit", 7, seed=3).float()
+    torch.testing.assert_close(program.module()(other), mixture(other))

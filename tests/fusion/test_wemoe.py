@@ -13,6 +13,7 @@ from eutectic.errors import CheckpointError, LayoutError, ParameterError
 from eutectic.fusion import _api, _mixing, _routing
 from eutectic.fusion._fusion import ModelSet
 from eutectic.fusion._routing import DenseExperts, LeadingExperts
+from eutectic.task import Arrays, Task
 
 SHORT = {"steps": 1, "batch_size": 2}
 
@@ -83,6 +84,25 @@ def test_an_output_does_not_depend_on_what_else_is_in_the_batch(hidden, monkeypa
     assert found.std(0).min() > 0.05  # samples are told apart
     monkeypatch.setattr(_routing, "CHUNK", 1000)
     torch.testing.assert_close(mixture(inputs), together, rtol=0, atol=1e-12)
+
+
+def test_a_texts_output_does_not_depend_on_how_far_it_is_padded():
+    from eutectic.bench.backbones import MeanPooled
+
+    models, _ = models_of("bert")
+    network = MeanPooled(copy.deepcopy(models.network.model))
+    ids = torch.arange(1, 13).view(2, 6)
+    ids[0, 3:] = 0
+    models = ModelSet(network, base_of(network), experts_of(network))
+    tasks = [Task(name, torch.nn.Identity(), adapt=Arrays(ids, torch.zeros(2, dtype=torch.long))) for name in models.experts]
+    mixture = spread(fused(models, tasks))
+    together = mixture(ids)
+    torch.testing.assert_close(together[:1], mixture(ids[:1, :3]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(copy.deepcopy(mixture)(ids), together, rtol=0, atol=0)
+    block = next(module for module in mixture.modules() if isinstance(module, LeadingExperts)).shared
+    block.padding.mask = None
+    x = torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(block.padding.mean(x), x.mean(1))
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 5), (4, 2, 3)])

@@ -9,6 +9,7 @@ made anew from a folder.  The experts' tensors are named after the layer, beside
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -81,13 +82,37 @@ class LowRankExperts(Routed):
         return f"{super().extra_repr()}, experts={len(self.right)}, rank={self.left.shape[2]}, top={self.top}"
 
 
+class Padding:
+    """The ``attention_mask`` ``[B, T]`` that a network was called with, for its routers; copies start without."""
+
+    mask: Tensor | None = None
+
+    def __getstate__(self) -> None:
+        """It is of one forward pass."""
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A hook before ``forward``."""
+        self.mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean ``[B, N]`` of ``[B, …, N]`` over a sample's tokens, without hidden ones if the mask is of these tokens."""
+        if self.mask is None or self.mask.shape != x.shape[:-1]:
+            return x.reshape(len(x), -1, x.shape[-1]).mean(1)
+        seen = self.mask.to(x.dtype)
+        return torch.einsum("bt,btn->bn", seen / seen.sum(1, keepdim=True).clamp(min=1), x)
+
+
 class Shared:
     """The coefficients ``[B, N]`` that the layers of a block share, from the first to the last; copies start without."""
 
-    c: Tensor | None = None
+    def __init__(self, padding: Padding) -> None:
+        """With what is known of the samples' tokens."""
+        self.padding = padding
+        self.c: Tensor | None = None
 
-    def __getstate__(self) -> None:
-        """They are of one forward pass."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Coefficients are of one forward pass."""
+        return {"padding": self.padding, "c": None}
 
 
 class DenseExperts(Routed):
@@ -116,7 +141,10 @@ class DenseExperts(Routed):
 
 
 class LeadingExperts(DenseExperts):
-    """The first layer of a block, whose input is what the block is routed by: c = the router's mean over a sample's tokens."""
+    """The first layer of a block, whose input is what the block is routed by: c = the router's mean over a sample's tokens.
+
+    Tokens of padding do not count, as far as the network is told of them by an ``attention_mask`` ``[B, T]``.
+    """
 
     def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module) -> None:
         """``router`` makes ``[…, N]`` of ``[…, n]``."""
@@ -125,8 +153,7 @@ class LeadingExperts(DenseExperts):
 
     def forward(self, input: Tensor) -> Tensor:
         """See the class."""
-        found = self.router(input)
-        self.shared.c = found.reshape(len(input), -1, found.shape[-1]).mean(1)
+        self.shared.c = self.shared.padding.mean(self.router(input))
         return super().forward(input)
 
 
@@ -207,7 +234,8 @@ def routed(network: nn.Module, layers: Mapping[str, Description], weights: Check
     CheckpointError if they are missing.
     """
     known, new = linears(network), dict[nn.Module, Routed]()
-    blocks, routers = dict[str, Shared](), dict[str, nn.Module]()
+    padding, routers = Padding(), dict[str, nn.Module]()
+    blocks = {str(about.get("block")): Shared(padding) for about in layers.values()}
     for name, about in layers.items():
         if name not in known:
             raise LayoutError(f"{weights.origin}: routes the layer {name!r}, but the network has {', '.join(known)}")
@@ -220,6 +248,9 @@ def routed(network: nn.Module, layers: Mapping[str, Description], weights: Check
         if path and module in new:
             parent, _, name = path.rpartition(".")
             setattr(network.get_submodule(parent), name, new[module])
+    hears = (m for m in network.modules() if "attention_mask" in inspect.signature(m.forward).parameters)
+    if routers and (first := next(hears, None)) is not None:
+        first.register_forward_pre_hook(padding.note, with_kwargs=True)
     return new.get(network, network)
 
 
@@ -228,7 +259,7 @@ def described(network: nn.Module) -> dict[str, Description]:
     return {name: layer.about for name, layer in _linears(network) if isinstance(layer, Routed)}
 
 
-def _layer(linear: nn.Linear, about: Description, blocks: dict[str, Shared], routers: dict[str, nn.Module]) -> Routed:
+def _layer(linear: nn.Linear, about: Description, blocks: Mapping[str, Shared], routers: dict[str, nn.Module]) -> Routed:
     """One layer on the device ``meta``.  Raises LayoutError for a description of something else."""
     match dict(about):
         case {"kind": "low_rank", "experts": int(n), "directions": int(d), "rank": int(r), "gate": int(gate), "top": int(top)}:
@@ -237,9 +268,9 @@ def _layer(linear: nn.Linear, about: Description, blocks: dict[str, Shared], rou
             if name not in routers:
                 with torch.device("meta"):
                     routers[name] = router(linear.in_features, n, hidden).to(linear.weight.dtype)
-            return LeadingExperts(linear, n, blocks.setdefault(block, Shared()), routers[name])
+            return LeadingExperts(linear, n, blocks[block], routers[name])
         case {"kind": "dense", "experts": int(n), "block": str(block)}:
-            return DenseExperts(linear, n, blocks.setdefault(block, Shared()))
+            return DenseExperts(linear, n, blocks[block])
     raise LayoutError(f"no routed layer is described by {dict(about)}")
 
 
