@@ -97,12 +97,14 @@ class Fusion(NamedTuple):
 
     Most methods end there.  One that keeps its experts has a ``network`` too, which gets a backbone with what ``build`` made
     of it, changes it in place to the mixture, and returns it.  ``least_tasks`` is 0 for a method that looks at no data.
+    ``free`` names parameters that ``fit`` does not depend on: an artefact can be applied with other values of them.
     """
 
     fit: Callable[[ModelSet, Sequence[Task], Run], Artefact]
     build: Callable[[Checkpoint, Mapping[str, Checkpoint], Artefact], Checkpoint]
     network: Callable[[nn.Module, Checkpoint, Mapping[str, Checkpoint], Artefact], nn.Module] | None = None
     least_tasks: int = 1
+    free: tuple[str, ...] = ()
 
 
 def expert_of(task: Task, models: ModelSet) -> str:
