@@ -23,6 +23,7 @@ METHODS = {
     "concrete_adamerging": {"steps": 25, "mask_steps": 25, "mask_lr": 0.1},
     "concrete_task_arithmetic": {"steps": 25, "lr": 0.1},
     "expert_adamerging": {"steps": 25},
+    "pwe_moe": {"steps": 25, "scalarisation": "epo"},
 }
 
 

@@ -108,3 +108,22 @@ def test_models_by_path_with_the_tasks_of_a_suite(tmp_path):
     )
     assert run("fuse", path, tmp_path / "out").exit_code == 0
     assert json.loads((tmp_path / "out" / "artefact" / "artefact.json").read_text())["tasks"] == ["letters"]
+
+
+def test_an_artefact_for_all_preferences_is_merged_at_another_without_a_fit(recipe, tmp_path):
+    first, more = RECIPE.replace("[digits8, letters]", "[letters, digits8]"), "steps: 2, batch_size: 2"
+    assert run("fuse", recipe("pwe_moe", more, text=first), tmp_path / "out").exit_code == 0
+    again = recipe("pwe_moe", "preference: [0.0, 1.0]", "again.yaml", first, "artefact: out\n")
+    assert run("merge", again, tmp_path / "again").exit_code == 0
+    assert json.loads((tmp_path / "again" / "eutectic.json").read_text())["recipe"]["parameters"]["preference"] == [0.0, 1.0]
+    whole = recipe("pwe_moe", more + ", preference: {digits8: 1}", "whole.yaml", first)
+    assert run("fuse", whole, tmp_path / "whole").exit_code == 0
+    assert fingerprint(open_folder(tmp_path / "again")) == fingerprint(open_folder(tmp_path / "whole"))
+    assert fingerprint(open_folder(tmp_path / "again")) != fingerprint(open_folder(tmp_path / "out"))
+    for parameters, says in (
+        ("preference: [0.2, 0.2]", "sum is 0.4, not 1"),
+        ("preference: [1.5, -0.5]", "-0.5 is negative"),
+        ("steps: 3", r"out: steps = 3, but the artefact was fitted with 2: leave it out"),
+    ):
+        with pytest.raises(errors.EutecticError, match=says):
+            run("merge", recipe("pwe_moe", parameters, "bad.yaml", first, "artefact: out\n"), tmp_path / "bad")

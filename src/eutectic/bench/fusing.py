@@ -12,13 +12,12 @@ from eutectic.bench.evaluate import suite_models
 from eutectic.bench.suite import Suite
 from eutectic.bench.zoo import open_suite
 from eutectic.checkpoint.base import Checkpoint
-from eutectic.errors import RecipeError, did_you_mean
-from eutectic.fusion._api import fit, fused, load_artefact
+from eutectic.errors import ParameterError, RecipeError, did_you_mean
+from eutectic.fusion._api import fit, fused, load_artefact, with_parameters
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.merge.compose import Composed
 from eutectic.merge.recipe import Recipe
 from eutectic.merge.run import opened
-from eutectic.methods._method import validated
 
 
 def fit_recipe(recipe: Recipe, folder: Path, run: Run) -> Artefact:
@@ -56,16 +55,17 @@ def applied(recipe: Recipe, folder: Path, artefact: Artefact | None = None) -> t
         artefact = load_artefact(folder / recipe.artefact)
         if artefact.about["method"] != recipe.method:
             raise RecipeError(f"{recipe.artefact}: was fitted by {artefact.about['method']}, not by {recipe.method}")
+    origin = recipe.artefact or "the artefact"
+    try:
+        artefact = with_parameters(artefact, recipe.parameters)
+    except ParameterError as error:
+        raise RecipeError(f"{origin}: {error}: leave it out of `parameters`, or fit anew") from None
+    for key in {"seed", "protocol"} & recipe.model_fields_set:
+        if getattr(recipe, key) != artefact.about[key]:
+            raise RecipeError(f"{origin} was fitted with other {key}: leave out `{key}`, or fit anew")
     base, experts = _models(recipe, folder)
-    merged = fused(base, experts, artefact)
     facts = {key: artefact.about[key] for key in ("parameters", "seed", "protocol")}
-    for key in facts.keys() & recipe.model_fields_set:
-        said = validated(recipe.method, recipe.parameters) if key == "parameters" else getattr(recipe, key)
-        if said != facts[key]:
-            raise RecipeError(
-                f"{recipe.artefact or 'the artefact'} was fitted with other {key}: leave out `{key}`, or fit anew"
-            )
-    return recipe.model_copy(update=facts), merged
+    return recipe.model_copy(update=facts), fused(base, experts, artefact)
 
 
 def _models(recipe: Recipe, folder: Path) -> tuple[Checkpoint, Mapping[str, Checkpoint]]:

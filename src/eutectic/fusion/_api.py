@@ -22,7 +22,7 @@ from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.save import Progress, save_tensors, silent
 from eutectic.checkpoint.spec import require_same_layout
-from eutectic.errors import CheckpointError, LayoutError, TaskError
+from eutectic.errors import CheckpointError, LayoutError, ParameterError, TaskError
 from eutectic.fusion._fit import processes
 from eutectic.fusion._folder import mixture_config
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Protocol, Run
@@ -64,7 +64,8 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
     }
     if run.folder is not None:
         # experts in their order: that is the order of what is fitted
-        said = [about, list(hashes), run.device, str(run.held)]
+        bound = {key: value for key, value in about["parameters"].items() if key not in fusion.free}
+        said = [about | {"parameters": bound}, list(hashes), run.device, str(run.held)]
         run = run.within(run.folder / hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16])
     heads = [task.head for task in tasks if isinstance(task.head, nn.Module)]
     with processes(run.device), _lent(models.network), _frozen(heads, run.device), torch.enable_grad():
@@ -119,6 +120,31 @@ def _lent(network: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag).grad = None
+
+
+def with_parameters(artefact: Artefact, parameters: Mapping[str, Any]) -> Artefact:
+    """The artefact, to be applied with these of the parameters that its fit did not depend on.
+
+    Raises ParameterError for another value of a parameter that it did depend on, and for values that the method refuses.
+    """
+    name, fitted = artefact.about["method"], artefact.about["parameters"]
+    given = validated(name, {**fitted, **parameters})
+    for key in parameters:
+        if given[key] != fitted[key] and key not in method(name, given).free:
+            raise ParameterError(f"{key} = {given[key]!r}, but the artefact was fitted with {fitted[key]!r}", (key,))
+    return artefact._replace(about={**artefact.about, "parameters": given})
+
+
+def unloaded(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact, preference: Mapping[str, float] | Sequence[float]
+) -> Composed:
+    """The dense weights of one preference, lazily, of an artefact that was fitted for all of them (``pwe_moe``).
+
+    ``preference`` has a weight for each expert in order, or by name.  Raises ParameterError for one that is negative or does
+    not sum to 1, and as ``fused`` does.
+    """
+    given = dict(preference) if isinstance(preference, Mapping) else list(preference)
+    return fused(base, experts, with_parameters(artefact, {"preference": given}))
 
 
 def fused(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Composed:

@@ -85,27 +85,33 @@ def backward(network: nn.Module, batches: Batches, step: int, loss: Loss, run: R
 
     Raises NonFiniteError naming the task and step, TaskError for a task whose loss depends on nothing that is fitted.
     """
-    total = 0.0
-    for task in batches.tasks:
-        index = batches.index(task, step)
-        value = loss(task, run.forward(network, task, batches.inputs(task, index)), index)
-        if not torch.isfinite(value):
-            raise NonFiniteError(f"task {task.name!r}, step {step}: the loss is {value.item()}")
-        if not value.requires_grad:
-            raise TaskError(f"task {task.name!r}: its loss has no gradient by what is fitted; does its head cut the graph?")
-        value.backward()
-        total += value.item()
+    total = sum(backward_of(network, batches, task, step, loss, run) for task in batches.tasks)
     return float(mean_over_processes(torch.tensor(total, dtype=torch.float64)))
 
 
+def backward_of(network: nn.Module, batches: Batches, task: Task, step: int, loss: Loss, run: Run) -> float:
+    """As ``backward``, of one task, and this process's share alone."""
+    index = batches.index(task, step)
+    value = loss(task, run.forward(network, task, batches.inputs(task, index)), index)
+    if not torch.isfinite(value):
+        raise NonFiniteError(f"task {task.name!r}, step {step}: the loss is {value.item()}")
+    if not value.requires_grad:
+        raise TaskError(f"task {task.name!r}: its loss has no gradient by what is fitted; does its head cut the graph?")
+    value.backward()
+    return value.item()
+
+
 @torch.no_grad()
-def held_out_loss(network: nn.Module, batches: Batches, loss: Loss, run: Run) -> float:
-    """L over the samples that are held out; infinite if it is not finite, NaN if there are none."""
+def held_out_loss(network: nn.Module, batches: Batches, loss: Loss, run: Run, weights: Sequence[float] | None = None) -> float:
+    """L over the samples that are held out; infinite if it is not finite, NaN if there are none.
+
+    ``weights``, one a task, are 1 by default; tasks of weight 0 are left out.
+    """
     total = math.nan
-    for task in batches.tasks:
+    for task, weight in zip(batches.tasks, weights or [1.0] * len(batches.tasks), strict=True):
         index = batches.held_out[task.name]
-        if len(index):
-            value = loss(task, run.forward(network, task, batches.inputs(task, index)), index).item()
+        if len(index) and weight:
+            value = weight * loss(task, run.forward(network, task, batches.inputs(task, index)), index).item()
             total = value + (0 if math.isnan(total) else total)
             if not math.isfinite(value):
                 return math.inf

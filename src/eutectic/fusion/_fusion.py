@@ -104,11 +104,13 @@ class Fusion(NamedTuple):
 
     A method that keeps its experts has ``layers`` in ``about``, which say what becomes of the network's layers (see
     ``_routing.routed``), and tensors of theirs in what ``build`` gives.  ``least_tasks`` is 0 for one that looks at no data.
+    ``free`` names parameters that ``fit`` does not depend on: an artefact can be applied with other values of them.
     """
 
     fit: Callable[[ModelSet, Sequence[Task], Run], Artefact]
     build: Callable[[Checkpoint, Mapping[str, Checkpoint], Artefact], Checkpoint]
     least_tasks: int = 1
+    free: tuple[str, ...] = ()
 
 
 def expert_of(task: Task, models: ModelSet) -> str:
