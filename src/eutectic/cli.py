@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eutectic.errors import EutecticError
+from eutectic.errors import EutecticError, StoppedError
 
 if TYPE_CHECKING:
     from eutectic.bench.evaluate import Choice
@@ -144,7 +144,14 @@ def fuse(
     begun = out.resolve().with_name(f".{out.resolve().name}.fit")
     with _bar() as progress, processes(device):
         how = Run(parsed.seed, parsed.protocol, device, autocast, begun, progress)
-        artefact = fusing.fit_recipe(parsed, recipe.parent, how)
+        try:
+            artefact = fusing.fit_recipe(parsed, recipe.parent, how)
+        except StoppedError as error:
+            if error.artefact is not None and not rank():
+                kept = out.with_name(f"{out.name}.stopped")
+                fusion.save_artefact(error.artefact, kept, replace=True)
+                raise StoppedError(f"{error}; the last good artefact is in {kept}") from None
+            raise
         if rank():
             return
         parsed, merged = fusing.applied(parsed, recipe.parent, artefact)

@@ -46,7 +46,8 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
     """Fit a method; the artefact says how, and for which models.
 
     With ``run.folder`` the state is kept in a folder of its own there, which the same call takes up again.
-    Raises LayoutError for experts that do not fit the base, TaskError, ParameterError, NonFiniteError.
+    Raises LayoutError for experts that do not fit the base, TaskError, ParameterError, NonFiniteError; StoppedError, which has
+    the last good artefact, for a loss that is not finite after some good steps.
     """
     fusion = method(name, parameters)
     _require_fitting(name, models, tasks, fusion.least_tasks)
@@ -70,7 +71,12 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
     heads = [task.head for task in tasks if isinstance(task.head, nn.Module)]
     with processes(run.device), _lent(models.network), _frozen(heads, run.device), torch.enable_grad():
         found = fusion.fit(models, tasks, run)
-    return Artefact(found.tensors, about | dict(found.about))
+    artefact = Artefact(found.tensors, about | dict(found.about))
+    if run.stopped:
+        error = run.stopped.pop()
+        error.artefact = artefact
+        raise error
+    return artefact
 
 
 def _require_fitting(name: str, models: ModelSet, tasks: Sequence[Task], least_tasks: int) -> None:

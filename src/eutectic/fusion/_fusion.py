@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.save import Progress, silent
-from eutectic.errors import TaskError
+from eutectic.errors import StoppedError, TaskError
 from eutectic.task import Arrays, Task
 
 Protocol = Literal["inductive", "transductive"]
@@ -37,7 +37,8 @@ class Run:
     (transductive, as the papers did).  ``autocast`` runs forward and backward passes in bfloat16.  With ``folder`` the state is
     kept there, so that an interrupted fit is carried on by the same call.  ``storage`` says where task vectors
     are: in the experts' files, read again whenever they are needed, or in memory, rounded to bfloat16.  By default it is files
-    where a processor fits, which they cost a few per cent of the time, and memory where an accelerator does.
+    where a processor fits, which they cost a few per cent of the time, and memory where an accelerator does.  ``stopped`` gets
+    what ended a fit before its time.
     """
 
     seed: int = 0
@@ -47,6 +48,7 @@ class Run:
     folder: Path | None = None
     progress: Progress = silent
     storage: Literal["files", "memory"] | None = None
+    stopped: list[StoppedError] = dataclasses.field(default_factory=list, compare=False)
 
     @property
     def split(self) -> str:
