@@ -237,6 +237,10 @@ def evaluate(
     suite: SuiteName = "mini",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON record a line.")] = False,
     split: Annotated[str, typer.Option(help="Which split to score.")] = "test",
+    routing: Annotated[
+        Path | None,
+        typer.Option(help="Of a mixture: write which experts each task uses here, as an SVG, and as JSON beside it."),
+    ] = None,
 ) -> None:
     """Score MODEL on the tasks of a suite."""
     from eutectic import record
@@ -249,6 +253,8 @@ def evaluate(
     opened = open_suite(suite)
     weights = open_path(model)
     network = opened.backbone(weights, layers_of(model))
+    if routing is not None:
+        _report_routing(network, opened, split, routing)
     fields = scoring.fields_of(model) | {"suite": opened.name, "inputs": {"model": fingerprint(weights)}}
     records = scoring.evaluate(network, opened.tasks, split=split, **fields)
     if json:
@@ -257,6 +263,20 @@ def evaluate(
     else:
         for found in [*records, record.mean_of(records)]:
             print(f"{found.task:16} {100 * found.value:5.1f}  [{100 * found.low:.1f}, {100 * found.high:.1f}]  n = {found.n}")
+
+
+def _report_routing(network: Any, suite: Any, split: str, path: Path) -> None:
+    import json
+
+    from eutectic.bench.routing import heat_map
+    from eutectic.bench.routing import routing as routing_of
+    from eutectic.checkpoint.writer import explained
+
+    found = routing_of(network, suite.tasks, split)
+    names = list(suite.classes) if found.mean.shape[2] == len(suite.classes) else [str(i) for i in range(found.mean.shape[2])]
+    with explained(path):
+        path.write_text(heat_map(found, names), encoding="utf-8")
+        path.with_suffix(".json").write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
 
 
 @app.command()

@@ -77,6 +77,11 @@ class LowRankExperts(Routed):
         y = y + F.linear((z[..., : self.left.shape[2]] * c[..., None]).flatten(-2), self.left.flatten(1))
         return y if self.shift is None else y + c @ self.shift
 
+    def choice(self, input: Tensor) -> Tensor:
+        """The coefficients ``[…, N]`` that tokens ``[…, n]`` give the experts."""
+        z = F.linear(input, self.right[:, : self.gate].flatten(0, 1)).unflatten(-1, (len(self.right), -1))
+        return coefficients(torch.linalg.vector_norm(z, dim=-1), self.top)
+
     def extra_repr(self) -> str:
         """Sizes."""
         return f"{super().extra_repr()}, experts={len(self.right)}, rank={self.left.shape[2]}, top={self.top}"
@@ -151,9 +156,13 @@ class LeadingExperts(DenseExperts):
         super().__init__(linear, experts, shared)
         self.router = router
 
+    def choice(self, input: Tensor) -> Tensor:
+        """The coefficients ``[B, N]`` that samples ``[B, …, n]`` give the experts."""
+        return self.shared.padding.mean(self.router(input))
+
     def forward(self, input: Tensor) -> Tensor:
         """See the class."""
-        self.shared.c = self.shared.padding.mean(self.router(input))
+        self.shared.c = self.choice(input)
         return super().forward(input)
 
 
@@ -252,6 +261,15 @@ def routed(network: nn.Module, layers: Mapping[str, Description], weights: Check
     if routers and (first := next(hears, None)) is not None:
         first.register_forward_pre_hook(padding.note, with_kwargs=True)
     return new.get(network, network)
+
+
+#: layers that choose among the experts, for themselves or for their block
+Gate = LowRankExperts | LeadingExperts
+
+
+def gates(network: nn.Module) -> dict[str, Gate]:
+    """The layers of a network that choose, by name."""
+    return {name: layer for name, layer in _linears(network) if isinstance(layer, Gate)}
 
 
 def described(network: nn.Module) -> dict[str, Description]:
