@@ -237,10 +237,11 @@ def evaluate(
     from eutectic.bench.zoo import open_suite
     from eutectic.checkpoint.folder import open_path
     from eutectic.checkpoint.hashed import fingerprint
+    from eutectic.fusion._folder import layers_of
 
     opened = open_suite(suite)
     weights = open_path(model)
-    network = opened.backbone(weights)
+    network = opened.backbone(weights, layers_of(model))
     fields = scoring.fields_of(model) | {"suite": opened.name, "inputs": {"model": fingerprint(weights)}}
     records = scoring.evaluate(network, opened.tasks, split=split, **fields)
     if json:

@@ -24,10 +24,13 @@ from eutectic.checkpoint.save import Progress, save_tensors, silent
 from eutectic.checkpoint.spec import require_same_layout
 from eutectic.errors import CheckpointError, LayoutError, TaskError
 from eutectic.fusion._fit import processes
+from eutectic.fusion._folder import mixture_config
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Protocol, Run
 from eutectic.fusion._losses import fill
+from eutectic.fusion._routing import routed
 from eutectic.merge.api import Source, open
 from eutectic.merge.compose import Composed, Outcome
+from eutectic.merge.upcycle import Mixture
 from eutectic.methods._method import validated
 from eutectic.task import Task
 
@@ -118,22 +121,14 @@ def _lent(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag).grad = None
 
 
-def require_weights(name: str, parameters: Mapping[str, Any]) -> Fusion:
-    """As ``method``, for one whose result has the base's layout.  Raises LayoutError for one that keeps its experts."""
-    bound = method(name, parameters)
-    if bound.network is not None:
-        raise LayoutError(f"{name} keeps its experts, so its result has not the base's layout: use `eutectic.fuse` in Python")
-    return bound
-
-
 def fused(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Composed:
     """The weights that an artefact makes of the models that it was fitted for, lazily.
 
-    Raises CheckpointError if these are other models, ParameterError for an artefact of other parameters, LayoutError for a
-    method that keeps its experts.
+    With those of routed layers if the method keeps its experts; a folder of them can be loaded.
+    Raises CheckpointError if these are other models, ParameterError for an artefact of other parameters.
     """
     _require_models(base, experts, artefact)
-    bound = require_weights(artefact.about["method"], artefact.about["parameters"])
+    bound = method(artefact.about["method"], artefact.about["parameters"])
     return Composed(
         {"base": base} | dict(experts),
         functools.partial(_outcome, bound, artefact),
@@ -149,8 +144,9 @@ def applied(network: nn.Module, base: Checkpoint, experts: Mapping[str, Checkpoi
     """
     _require_models(base, experts, artefact)
     bound = method(artefact.about["method"], artefact.about["parameters"])
-    fill(network, bound.build(base, experts, artefact))
-    made = network if bound.network is None else bound.network(network, base, experts, artefact)
+    weights = bound.build(base, experts, artefact)
+    made = routed(network, artefact.about.get("layers", {}), weights)
+    fill(made, weights)
     object.__setattr__(made, "artefact", artefact)  # no tensor, so no business of the module's
     return made.eval()
 
@@ -167,7 +163,10 @@ def _require_models(base: Checkpoint, experts: Mapping[str, Checkpoint], artefac
 
 def _outcome(bound: Fusion, artefact: Artefact, inputs: Mapping[str, Checkpoint]) -> Outcome:
     experts = {name: model for name, model in inputs.items() if name != "base"}
-    return Outcome(bound.build(inputs["base"], experts, artefact), "base", {})
+    layers, mixture = artefact.about.get("layers"), None
+    if layers is not None:
+        mixture = Mixture(tuple(experts), artefact.about["parameters"], 1, functools.partial(mixture_config, layers=layers))
+    return Outcome(bound.build(inputs["base"], experts, artefact), "base", {}, mixture=mixture)
 
 
 def fuse(

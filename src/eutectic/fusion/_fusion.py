@@ -1,4 +1,4 @@
-"""What a fusion method is: ``fit`` gives a small artefact, ``build`` makes weights of it, or ``network`` keeps the experts.
+"""What a fusion method is: ``fit`` gives a small artefact, and ``build`` makes weights of it.
 
 K = experts, L = tensors whose coefficients are fitted, p = elements of a tensor.
 """
@@ -102,13 +102,12 @@ class Fusion(NamedTuple):
     ``fit`` raises TaskError for tasks it cannot use, NonFiniteError for a loss that is not finite.  ``build`` gets the base
     and the experts, and an artefact's tensors and facts; its result is lazy.
 
-    Most methods end there.  One that keeps its experts has a ``network`` too, which gets a backbone with what ``build`` made
-    of it, changes it in place to the mixture, and returns it.  ``least_tasks`` is 0 for a method that looks at no data.
+    A method that keeps its experts has ``layers`` in ``about``, which say what becomes of the network's layers (see
+    ``_routing.routed``), and tensors of theirs in what ``build`` gives.  ``least_tasks`` is 0 for one that looks at no data.
     """
 
     fit: Callable[[ModelSet, Sequence[Task], Run], Artefact]
     build: Callable[[Checkpoint, Mapping[str, Checkpoint], Artefact], Checkpoint]
-    network: Callable[[nn.Module, Checkpoint, Mapping[str, Checkpoint], Artefact], nn.Module] | None = None
     least_tasks: int = 1
 
 

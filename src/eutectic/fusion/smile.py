@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.checkpoint.views import Overlay, Select
 from eutectic.errors import LayoutError, ParameterError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
-from eutectic.fusion._routing import LowRankExperts, linears, replaced
+from eutectic.fusion._routing import Description, linears, named
 from eutectic.fusion._tensors import difference, names_of, spectrum
+from eutectic.merge.compose import Joined
 from eutectic.merge.view import Merged
 from eutectic.methods._method import Count
 from eutectic.methods._spectral import Svd
@@ -52,7 +53,7 @@ def smile(rank: Count = 32, gate_rank: Count = 16, top_k: Count = 1, rest: Liter
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
         names, layers = names_of(models), linears(models.network)
-        tensors, ranks = dict[str, Tensor](), dict[str, list[int]]()
+        tensors, ranks, described = dict[str, Tensor](), dict[str, list[int]](), dict[str, Description]()
         for number, (path, layer) in enumerate(layers.items(), start=1):
             weight = names[id(layer.weight)][0]
             parts = [
@@ -70,29 +71,28 @@ def smile(rank: Count = 32, gate_rank: Count = 16, top_k: Count = 1, rest: Liter
                 )
             right, left = factors(parts, rank)
             found = {"right": right, "left": left} | ({} if shift_N is None else {"shift": shift_N})
-            tensors |= {f"{path}:{key}": tensor.to(models.base.spec(weight).dtype) for key, tensor in found.items()}
+            tensors |= {named(path, key): tensor.to(models.base.spec(weight).dtype) for key, tensor in found.items()}
             ranks[path] = [len(part.s[:rank]) for part in parts]
+            described[path] = {
+                **{"kind": "low_rank", "experts": len(parts), "gate": gate_rank, "top": top_k},
+                **{"directions": right.shape[1], "rank": left.shape[2]},
+            }
         if not ranks:
             raise LayoutError(
                 f"no expert differs from the base in any of {len(layers)} linear layers, so there is nothing to keep"
             )
         own = [names[id(p)] for layer in layers.values() for p in layer.parameters()]
-        return Artefact(Memory(tensors), {"ranks": ranks, "linear": [name for group in own for name in group]})
+        about = {"layers": described, "ranks": ranks, "linear": [name for group in own for name in group]}
+        return Artefact(Memory(tensors), about)
 
     def build(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Checkpoint:
         if rest == "base":
-            return base
-        return Overlay(Merged("average", base, experts), Select(base, set(artefact.about["linear"]).__contains__))
+            return Joined([base, artefact.tensors], base.origin)
+        average = Merged("average", base, experts)
+        kept = set(artefact.about["linear"])
+        return Joined([Overlay(average, Select(base, kept.__contains__)), artefact.tensors], average.origin)
 
-    def network(backbone: nn.Module, base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> nn.Module:
-        known, layers = linears(backbone), dict[str, nn.Module]()
-        for path in artefact.about["ranks"]:
-            shift = artefact.tensors.read(f"{path}:shift") if f"{path}:shift" in artefact.tensors.specs else None
-            right, left = (artefact.tensors.read(f"{path}:{key}") for key in ("right", "left"))
-            layers[path] = LowRankExperts(known[path], right, left, shift, gate_rank, top_k)
-        return replaced(backbone, layers)
-
-    return Fusion(fit, build, network, least_tasks=0)
+    return Fusion(fit, build, least_tasks=0)
 
 
 def factors(parts: Sequence[Svd], rank: int) -> tuple[Tensor, Tensor]:
