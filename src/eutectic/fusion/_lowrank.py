@@ -26,7 +26,7 @@ def most_directions(base: Checkpoint, weights: Checkpoint, name: str) -> int:
     start = base.read(name)
     found = _adapter(start, weights, name)
     if found is not None:
-        return min(found.left.shape[1], *start.shape)
+        return min(found.left.shape[1], *start.shape) if found.left.any() and found.right.any() else 0
     return 0 if torch.equal(weights.read(name), start) else min(start.shape)
 
 
