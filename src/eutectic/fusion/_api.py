@@ -22,6 +22,7 @@ from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.save import Progress, save_tensors, silent
 from eutectic.checkpoint.spec import require_same_layout
+from eutectic.checkpoint.views import Select
 from eutectic.errors import CheckpointError, LayoutError, ParameterError, TaskError
 from eutectic.fusion._fit import processes
 from eutectic.fusion._folder import mixture_config
@@ -178,7 +179,7 @@ def applied(network: nn.Module, base: Checkpoint, experts: Mapping[str, Checkpoi
     bound = method(artefact.about["method"], artefact.about["parameters"])
     weights = bound.build(base, experts, artefact)
     made = routed(network, artefact.about.get("layers", {}), weights)
-    fill(made, weights)
+    fill(made, Select(weights, base.specs.__contains__))  # routed layers have taken the rest
     object.__setattr__(made, "artefact", artefact)  # no tensor, so no business of the module's
     return made.eval()
 
