@@ -103,6 +103,20 @@ def test_at_full_rank_and_sent_to_one_expert_it_is_that_expert(kind, expert, mon
     assert (own - network(inputs)).abs().max() > 0.05
 
 
+def test_gpt2s_transposed_weights_are_routed_too(monkeypatch):
+    network, _ = network_of("gpt2")
+    base = eu.state_dict(base_of(network))
+    experts = {
+        name: Memory(base | {key: t for key, t in eu.state_dict(weights).items() if ".h." in key and t.ndim == 2})
+        for name, weights in experts_of(network).items()
+    }
+    mixture, inputs = fused(network, experts, rank=FULL), inputs_of("gpt2", 3)
+    assert len(mixture.artefact.about["layers"]) == 8
+    for expert, weights in enumerate(experts.values()):
+        forced(monkeypatch, expert)
+        torch.testing.assert_close(mixture(inputs), filled(network, weights)(inputs), rtol=0, atol=1e-8)
+
+
 def test_what_is_cut_off_is_what_the_smaller_singular_values_hold():
     network = mlp(widths=(12, 10))
     experts = experts_of(network, ("a",), noise=1)

@@ -55,7 +55,7 @@ def spread(mixture):
     return mixture
 
 
-@pytest.mark.parametrize("kind", ["vit", "dinov2", "clip", "bert", "t5", "llama"])
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "clip", "bert", "gpt2", "t5", "llama"])
 def test_every_mlp_is_found_and_nothing_else_and_the_corners_are_exact(kind):
     models, tasks = models_of(kind)
     mixture, inputs = fused(models, tasks, hidden=1), inputs_of(kind, 3)

@@ -61,12 +61,13 @@ def factors(parts: Sequence[Svd], directions: int, rank: int) -> tuple[Tensor, T
 
 
 class Layer(NamedTuple):
-    """A layer's own tensors in the base, and how many directions and which rank its factors have."""
+    """A layer's own tensors in the base, how many directions and which rank its factors have, and whether its weight is Wᵀ."""
 
     weight: str
     bias: str | None
     directions: int
     rank: int
+    turned: bool = False
 
 
 @final
@@ -83,8 +84,8 @@ class Factors(Checkpoint):
         self._turns = {prefix: Turn() for prefix in layers}
         self._held: dict[str, dict[str, Tensor]] = {}
         self._specs: dict[str, TensorSpec] = {}
-        for prefix, (weight, bias, directions, rank) in layers.items():
-            (m, n), dtype, N = base.spec(weight).shape, base.spec(weight).dtype, len(experts)
+        for prefix, (weight, bias, directions, rank, turned) in layers.items():
+            (m, n), dtype, N = base.spec(weight).shape[:: -1 if turned else 1], base.spec(weight).dtype, len(experts)
             self._specs[f"{prefix}right"] = TensorSpec((N, directions, n), dtype)
             self._specs[f"{prefix}left"] = TensorSpec((m, N, rank), dtype)
             if bias is not None:
@@ -100,7 +101,7 @@ class Factors(Checkpoint):
         return self._of(prefix, key).to(self._specs[name].dtype).reshape(-1)[start:stop]
 
     def _of(self, prefix: str, key: str) -> Tensor:
-        weight, bias, directions, rank = self._layers[prefix]
+        weight, bias, directions, rank, turned = self._layers[prefix]
         if key == "shift" and bias is not None:
             return torch.stack([difference(self._base, name, expert, bias) for name, expert in self._experts.items()])
         with self._turns[prefix]:
@@ -108,6 +109,7 @@ class Factors(Checkpoint):
             if found is None:
                 most = max(directions, rank)
                 parts = [change(self._base, name, expert, weight, most) for name, expert in self._experts.items()]
+                parts = [Svd(part.Vh.T, part.s, part.U.T) for part in parts] if turned else parts
                 found = dict(zip(("right", "left"), factors(parts, directions, rank), strict=True))
                 kept = list(self._held.items())
                 self._held = dict(kept[max(0, len(kept) + 1 - HELD) :]) | {prefix: found}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, final
 
 import torch
@@ -18,7 +18,7 @@ from eutectic.errors import LayoutError, NonFiniteError, ParameterError
 from eutectic.fusion._fit import Batches, backward, descend, generator, held_out_loss
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.fusion._losses import divergence_from, entropy, expert_outputs, fill
-from eutectic.fusion._routing import Description, linears, named, routed, router
+from eutectic.fusion._routing import Description, Turned, linears, named, routed, router
 from eutectic.fusion._tensors import names_of, wide
 from eutectic.merge.view import Merged
 from eutectic.task import Task
@@ -57,7 +57,7 @@ def plan(
     layers, widths = dict[str, Description](), dict[str, int]()
     for block, members in blocks_of(models.network, pattern).items():
         for at, (name, layer) in enumerate(members.items()):
-            layers[name] = dict(kind) | {"experts": len(models.experts), "block": block}
+            layers[name] = dict(kind) | {"experts": len(models.experts), "block": block, "turned": isinstance(layer, Turned)}
             if at == 0:
                 widths[name] = layer.in_features
                 layers[name] = {**layers[name], "router": {"name": shared_router or name, "hidden": hidden}}
@@ -82,13 +82,16 @@ def outside(base: Checkpoint, experts: Mapping[str, Checkpoint], kept: Sequence[
 class Stacked(Checkpoint):
     """Task vectors of the experts as one tensor ``[N, …]``, in the base's dtype; it owns nothing."""
 
-    def __init__(self, base: Checkpoint, experts: Mapping[str, Checkpoint], names: Mapping[str, str]) -> None:
-        """``names`` are name → name in the base."""
-        self._base, self._experts, self._names = base, dict(experts), dict(names)
+    def __init__(
+        self, base: Checkpoint, experts: Mapping[str, Checkpoint], names: Mapping[str, str], turned: Collection[str] = ()
+    ) -> None:
+        """``names`` are name → name in the base, of which those of ``turned`` are matrices that come out transposed."""
+        self._base, self._experts, self._names, self._turned = base, dict(experts), dict(names), set(turned)
         self.origin, self.files = base.origin, base.files
-        self._specs = {
-            name: TensorSpec((len(experts), *base.spec(below).shape), base.spec(below).dtype) for name, below in names.items()
-        }
+        self._specs = {}
+        for name, below in names.items():
+            shape = base.spec(below).shape[:: -1 if name in self._turned else 1]
+            self._specs[name] = TensorSpec((len(experts), *shape), base.spec(below).dtype)
 
     @property
     def specs(self) -> Layout:
@@ -96,8 +99,11 @@ class Stacked(Checkpoint):
         return self._specs
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
-        below, parts = self._names[name], []
+        below, parts = self._names[name], list[Tensor]()
         p = self._base.spec(below).numel
+        if name in self._turned:
+            straight = Stacked(self._base, self._experts, {name: below})
+            return straight.read(name).mT.reshape(-1)[start:stop]
         for at, (expert, weights) in enumerate(self._experts.items()):
             first, last = max(start - at * p, 0), min(stop - at * p, p)
             if first < last:
@@ -108,9 +114,13 @@ class Stacked(Checkpoint):
                 parts.append(delta.to(base.dtype))
         return torch.cat(parts) if parts else self._base.read_flat(below, 0, 0)
 
+    def grain(self, name: str) -> int:
+        """What is transposed is read whole."""
+        return self._specs[name].numel if name in self._turned else 1
+
     def need_bytes(self, name: str, n: int) -> int:
         """With what is wide on the way."""
-        return 16 * n
+        return 24 * n
 
 
 def router_begun(width: int, outputs: int, hidden: int, scale: float, *key: object) -> nn.Sequential:

@@ -32,6 +32,18 @@ def coefficients(scores: Tensor, top: int) -> Tensor:
     return torch.zeros_like(scores).scatter(-1, which, best.softmax(-1))
 
 
+class Turned(nn.Linear):
+    """A linear layer that stands for a ``Conv1D`` of transformers, such as GPT-2's, whose weight is Wᵀ ``[n, m]``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """With the module's own parameters."""
+        weight = module.get_parameter("weight")
+        super().__init__(*weight.shape, bias=False, device="meta")
+        self.weight, self.bias = weight, module.get_parameter("bias")
+        self.train(module.training)
+        self.stands_for = [module]  # in a list, as it is no part of this one
+
+
 class Routed(nn.Linear):
     """A linear layer with experts, made over a plain one, whose own parameters W₀ and b₀ it has under their names."""
 
@@ -42,7 +54,17 @@ class Routed(nn.Linear):
         """Over this layer."""
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
+        self.turned = isinstance(linear, Turned)
         self.train(linear.training)
+
+    @property
+    def matrix(self) -> Tensor:
+        """W₀ ``[m, n]``."""
+        return self.weight.T if self.turned else self.weight
+
+    def base(self, input: Tensor) -> Tensor:
+        """W₀x + b₀."""
+        return F.linear(input, self.matrix, self.bias)
 
     def expected(self, *shape: int) -> nn.Parameter:
         """A tensor of the experts that is still to come, on the device ``meta``; it needs no gradient.  Raises LayoutError."""
@@ -73,7 +95,7 @@ class LowRankExperts(Routed):
         """``[…, n]`` → ``[…, m]``."""
         z = F.linear(input, self.right.flatten(0, 1)).unflatten(-1, self.right.shape[:2])
         c = coefficients(torch.linalg.vector_norm(z[..., : self.gate], dim=-1), self.top)
-        y = super().forward(input)
+        y = self.base(input)
         y = y + F.linear((z[..., : self.left.shape[2]] * c[..., None]).flatten(-2), self.left.flatten(1))
         return y if self.shift is None else y + c @ self.shift
 
@@ -130,7 +152,7 @@ class DenseExperts(Routed):
         """Of this size, on the device ``meta``."""
         super().__init__(linear)
         self.shared = shared
-        self.deltas = self.expected(experts, *self.weight.shape)
+        self.deltas = self.expected(experts, self.out_features, self.in_features)
         self.shift = None if self.bias is None else self.expected(experts, self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -139,7 +161,7 @@ class DenseExperts(Routed):
         if c is None or len(c) != len(input):
             raise LayoutError("a layer of a routed block got other samples than its first, by whose input they are routed")
         x = input.reshape(len(input), -1, input.shape[-1])
-        y = per_sample(x, c.to(self.weight.dtype), self.weight, self.deltas)
+        y = per_sample(x, c.to(self.weight.dtype), self.matrix, self.deltas)
         if self.shift is not None:
             y = y + (self.bias + c.to(self.weight.dtype) @ self.shift)[:, None]
         return y.view(*input.shape[:-1], self.out_features)
@@ -215,13 +237,13 @@ def named(layer: str, key: str) -> str:
 def linears(network: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of a network by the name of their weight in its state dict, less ``.weight``.
 
-    Layers that are used twice are there once.  Raises LayoutError for PyTorch's own attention and transformer layers, which
-    read their layers' weights past ``forward``.
+    Layers that are used twice are there once, and transformers' ``Conv1D`` is there as ``Turned``.
+    Raises LayoutError for PyTorch's own attention and transformer layers, which read their layers' weights past ``forward``.
     """
     for path, module in network.named_modules():
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise LayoutError(f"{path or 'the network'} is a torch.nn.{type(module).__name__}, whose layers cannot be routed")
-    return {name: layer for name, layer in _linears(network) if type(layer) is nn.Linear}
+    return {name: layer for name, layer in _linears(network) if type(layer) in (nn.Linear, Turned)}
 
 
 def _linears(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -230,6 +252,8 @@ def _linears(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, tensor in network.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name.removesuffix("weight").rstrip("."))
     for path, module in network.named_modules():
+        if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+            module = Turned(module)
         if isinstance(module, nn.Linear):
             known = names[id(module.weight)]
             # a state dict may leave out a prefix that the path has, and a tied weight goes by several names
@@ -249,7 +273,8 @@ def routed(network: nn.Module, layers: Mapping[str, Description], weights: Check
         if name not in known:
             raise LayoutError(f"{weights.origin}: routes the layer {name!r}, but the network has {', '.join(known)}")
         linear = known[name]
-        layer = new[linear] = _layer(linear, about, blocks, routers)
+        layer = _layer(linear, about, blocks, routers)
+        new[linear.stands_for[0] if isinstance(linear, Turned) else linear] = layer
         for key, expected in _missing(layer):
             _take(layer, key, expected, weights, named(name, key), linear)
         layer.about = dict(about)

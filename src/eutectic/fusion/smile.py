@@ -12,7 +12,7 @@ from eutectic.checkpoint.views import Overlay, Select
 from eutectic.errors import LayoutError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._lowrank import Factors, Layer, most_directions
-from eutectic.fusion._routing import Description, linears, named
+from eutectic.fusion._routing import Description, Turned, linears, named
 from eutectic.fusion._tensors import names_of
 from eutectic.merge.compose import Joined
 from eutectic.merge.view import Merged
@@ -67,7 +67,11 @@ def smile(rank: Count = 32, gate_rank: Count = 16, top_k: Count = 1, rest: Liter
             own[layer] = groups
             sizes[layer] = {
                 **{"kind": "low_rank", "experts": len(experts), "top": top_k, "gate": min(gate_rank, linear.in_features - 1)},
-                **{"directions": min(max(rank, gate_rank), most), "rank": min(rank, most)},
+                **{
+                    "directions": min(max(rank, gate_rank), most),
+                    "rank": min(rank, most),
+                    "turned": isinstance(linear, Turned),
+                },
             }
         if not sizes:
             raise LayoutError(
@@ -79,7 +83,7 @@ def smile(rank: Count = 32, gate_rank: Count = 16, top_k: Count = 1, rest: Liter
         sizes, layers, kept = artefact.about["layers"], dict[str, Layer](), set[str]()
         for layer, groups in artefact.about["own"].items():
             weight, bias = (*(group[0] for group in groups), None)[:2]
-            layers[named(layer, "")] = Layer(weight, bias, sizes[layer]["directions"], sizes[layer]["rank"])
+            layers[named(layer, "")] = Layer(weight, bias, *(sizes[layer][key] for key in ("directions", "rank", "turned")))
             kept.update(name for group in groups for name in group)
         below = base
         if rest == "average":

@@ -8,7 +8,7 @@ from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import LayoutError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._mixing import MLP, Hidden, Stacked, Target, fit_routers, outside, plan
-from eutectic.fusion._routing import named
+from eutectic.fusion._routing import Description, named
 from eutectic.merge.compose import Joined
 from eutectic.methods._method import Count, Finite, Positive
 from eutectic.task import Task
@@ -67,8 +67,8 @@ def wemoe(
     return Fusion(fit, build)
 
 
-def _task_vectors(base: Checkpoint, experts: Mapping[str, Checkpoint], layers: Sequence[str] | Mapping[str, object]) -> Stacked:
+def _task_vectors(base: Checkpoint, experts: Mapping[str, Checkpoint], layers: Mapping[str, Description]) -> Stacked:
     """D and d of every layer."""
     names = {named(layer, "deltas"): named(layer, "weight") for layer in layers}
     names |= {named(layer, "shift"): named(layer, "bias") for layer in layers if named(layer, "bias") in base.specs}
-    return Stacked(base, experts, names)
+    return Stacked(base, experts, names, [named(layer, "deltas") for layer, about in layers.items() if about.get("turned")])
