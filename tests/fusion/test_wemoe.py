@@ -82,7 +82,8 @@ def test_an_output_does_not_depend_on_what_else_is_in_the_batch(hidden, monkeypa
     torch.testing.assert_close(together.flip(0), mixture(inputs.flip(0)), rtol=0, atol=1e-12)
     found = routers(mixture)[0](torch.stack([inputs_of("vit", 2, seed=i).flatten()[:16] for i in range(4)]))
     assert found.std(0).min() > 0.05  # samples are told apart
-    monkeypatch.setattr(_routing, "CHUNK", 1000)
+    monkeypatch.setattr(_routing, "TILE", 500)
+    monkeypatch.setattr(_routing, "SAMPLES", 2)
     torch.testing.assert_close(mixture(inputs), together, rtol=0, atol=1e-12)
 
 
@@ -127,8 +128,9 @@ def test_merging_matrices_is_the_sum_of_the_experts_outputs_with_its_gradient(sh
             weight += own[i] * D[i]
             shift += 0 if d is None else own[i] * d[i]
         expected.append(sample @ weight.T + shift)
-    for chunk in (1, 1 << 20):
-        monkeypatch.setattr(_routing, "CHUNK", chunk)
+    for tile, samples in ((1, 3), (24, 2), (1 << 20, 8)):
+        monkeypatch.setattr(_routing, "TILE", tile)
+        monkeypatch.setattr(_routing, "SAMPLES", samples)
         found = layer(x)
         torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-12)
         G = torch.randn(found.shape, dtype=torch.float64)
@@ -137,6 +139,14 @@ def test_merging_matrices_is_the_sum_of_the_experts_outputs_with_its_gradient(sh
         each = [[(out[b] * (flat[b] @ D[i].T + (0 if d is None else d[i]))).sum() for i in range(3)] for b in range(4)]
         torch.testing.assert_close(gradient, torch.tensor(each, dtype=torch.float64))
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["weight"] + ["bias"] * bias
+
+
+def test_the_gradients_of_merged_matrices_by_everything_are_right(monkeypatch):
+    monkeypatch.setattr(_routing, "TILE", 24)
+    monkeypatch.setattr(_routing, "SAMPLES", 2)
+    torch.manual_seed(0)
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, 3, 6), (5, 2), (4, 6), (2, 4, 6))]
+    assert torch.autograd.gradcheck(_routing.per_sample, tensors)
 
 
 @pytest.mark.parametrize("target", ["experts", "entropy"])

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import LayoutError
 
-#: entries of the matrices that are merged at a time, one matrix for each sample
-CHUNK = 1 << 24
+#: entries of the matrices that are merged at a time, and of how many samples: what stays in a cache, by measurement
+TILE, SAMPLES = 1 << 20, 8
 Description = Mapping[str, Any]
 
 
@@ -124,7 +124,7 @@ class Padding:
     def mean(self, x: Tensor) -> Tensor:
         """The mean ``[B, N]`` of ``[B, …, N]`` over a sample's tokens, without hidden ones if the mask is of these tokens."""
         if self.mask is None or self.mask.shape != x.shape[:-1]:
-            return x.reshape(len(x), -1, x.shape[-1]).mean(1)
+            return x.reshape(x.shape[0], -1, x.shape[-1]).mean(1)
         seen = self.mask.to(x.dtype)
         return torch.einsum("bt,btn->bn", seen / seen.sum(1, keepdim=True).clamp(min=1), x)
 
@@ -158,9 +158,9 @@ class DenseExperts(Routed):
     def forward(self, input: Tensor) -> Tensor:
         """``[B, …, n]`` → ``[B, …, m]``.  Raises LayoutError if the first layer of its block was not there before it."""
         c = self.shared.c
-        if c is None or len(c) != len(input):
+        if c is None or c.shape[0] != input.shape[0]:
             raise LayoutError("a layer of a routed block got other samples than its first, by whose input they are routed")
-        x = input.reshape(len(input), -1, input.shape[-1])
+        x = input.reshape(input.shape[0], -1, input.shape[-1])
         y = per_sample(x, c.to(self.weight.dtype), self.matrix, self.deltas)
         if self.shift is not None:
             y = y + (self.bias + c.to(self.weight.dtype) @ self.shift)[:, None]
@@ -191,19 +191,62 @@ class LeadingExperts(DenseExperts):
 def per_sample(x: Tensor, c: Tensor, weight: Tensor, deltas: Tensor) -> Tensor:
     """(W₀ + Σᵢ cᵢDᵢ) x for each sample: ``[B, T, n]`` and coefficients ``[B, N]`` → ``[B, T, m]``.
 
-    Matrices are merged, a chunk of samples at a time, in one product: that costs as much as N tokens.  Of samples of one token
-    every expert's output is cheaper, and takes no memory.
+    Matrices are merged, which costs as much as N tokens; of samples of one token every expert's output is cheaper.
     """
     if x.shape[1] == 1:
         each = torch.matmul(x[None, :, 0], deltas.mT)  # [N, B, m]
         return (F.linear(x[:, 0], weight) + torch.einsum("bk,kbm->bm", c, each))[:, None]
-    size = max(1, CHUNK // weight.numel())
-    return torch.cat(
-        [
-            torch.bmm(some, (weight.flatten() + own @ deltas.flatten(1)).view(-1, *weight.shape).mT)
-            for some, own in zip(x.split(size), c.split(size), strict=True)
-        ]
-    )
+    if torch.compiler.is_exporting():  # a graph for any number of samples has no tiles of them
+        return torch.bmm(x, (weight.flatten() + c @ deltas.flatten(1)).view(-1, *weight.shape).mT)
+    return _Merged.apply(x, c, weight, deltas)
+
+
+class _Merged(torch.autograd.Function):
+    """The product with merged matrices, made tile by tile in a cache's memory, and made again for the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, c: Tensor, weight: Tensor, deltas: Tensor) -> Tensor:
+        ctx.save_for_backward(x, c, weight, deltas)
+        y = x.new_empty(*x.shape[:2], len(weight))
+        for some, rows, merged in _tiles(c, weight, deltas):
+            torch.bmm(x[some], merged.mT, out=y[some, :, rows])
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (G,) = grad_outputs
+        x, c, weight, deltas = ctx.saved_tensors
+        wants_x, wants_c, wants_weight, wants_deltas = ctx.needs_input_grad
+        gx = torch.zeros_like(x) if wants_x else None
+        gc = torch.zeros_like(c) if wants_c else None
+        gD = torch.zeros_like(deltas) if wants_deltas else None
+        for some, rows, merged in _tiles(c, weight, deltas):
+            part = G[some, :, rows]
+            if gx is not None:
+                gx[some].baddbmm_(part, merged)
+            if gc is not None or gD is not None:
+                outer = torch.bmm(part.mT, x[some])
+                if gc is not None:
+                    gc[some].addmm_(outer.flatten(1), deltas[:, rows].flatten(1).T)
+                if gD is not None:
+                    gD[:, rows] += torch.tensordot(c[some], outer, ([0], [0]))
+        return gx, gc, G.flatten(0, 1).T @ x.flatten(0, 1) if wants_weight else None, gD
+
+
+def _tiles(c: Tensor, weight: Tensor, deltas: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Samples, rows of the matrix, and these rows of their merged matrices ``[samples, rows, n]``, good until the next."""
+    m, n = weight.shape
+    rows = max(1, TILE // (SAMPLES * n))
+    buffer = c.new_empty(min(SAMPLES, len(c)), min(rows, m) * n)
+    for first in range(0, m, rows):
+        which = slice(first, min(first + rows, m))
+        base, changes = weight[which].reshape(-1), deltas[:, which].flatten(1)
+        for start in range(0, len(c), SAMPLES):
+            some = slice(start, min(start + SAMPLES, len(c)))
+            merged = buffer[: some.stop - start, : len(base)]
+            torch.addmm(base, c[some], changes, out=merged)
+            yield some, which, merged.view(len(merged), -1, n)
 
 
 class Constant(nn.Module):
