@@ -214,7 +214,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         (G,) = grad_outputs
         x, c, weight, deltas = ctx.saved_tensors
         wants_x, wants_c, wants_weight, wants_deltas = ctx.needs_input_grad
