@@ -18,13 +18,14 @@ from eutectic.fusion._fusion import ModelSet, Run
 PARAMETERS = {
     "smile": {"rank": 3, "gate_rank": 2},
     "wemoe": {"steps": 2, "lr": 0.1, "batch_size": 2},
+    "e_wemoe": {"steps": 2, "lr": 0.1, "batch_size": 2, "density": 0.3},
 }
 
 
 def setting_of(kind, name):
     network, width = network_of(kind, torch.float32)
     tasks = tasks_of(kind, width, n=8, dtype=torch.float32)
-    parameters = PARAMETERS[name] | ({"blocks": "(fir|fro).*"} if name == "wemoe" and kind == "awkward" else {})
+    parameters = PARAMETERS[name] | ({"blocks": "(fir).*"} if name != "smile" and kind == "awkward" else {})
     return ModelSet(network, base_of(network), experts_of(network)), tasks, parameters
 
 

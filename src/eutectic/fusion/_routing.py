@@ -10,7 +10,8 @@ made anew from a folder.  The experts' tensors are named after the layer, beside
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +24,8 @@ from eutectic.errors import LayoutError
 
 #: entries of the matrices that are merged at a time, and of how many samples: what stays in a cache, by measurement
 TILE, SAMPLES = 1 << 20, 8
+#: tiles have a multiple of this many rows
+ROWS = 16
 Description = Mapping[str, Any]
 
 
@@ -142,111 +145,150 @@ class Shared:
         return {"padding": self.padding, "c": None}
 
 
-class DenseExperts(Routed):
-    """A linear layer with N experts of whole matrices, merged for each sample by the coefficients of its block.
+#: gives the changes of these rows of all experts' matrices, ``[N, rows · n]``
+Rows = Callable[[slice], Tensor]
 
-    ``deltas`` is D ``[N, m, n]``, ``shift`` is d ``[N, m]``, for layers with a bias.
+
+class MergedExperts(Routed):
+    """A linear layer with N experts whose matrices are merged for each sample, by the coefficients of its block.
+
+    The first layer of a block has the block's ``router``: c = its mean over a sample's tokens.  Tokens of padding do not
+    count, as far as the network is told of them by an ``attention_mask`` ``[B, T]``.  ``shift`` is d ``[N, m]``, for layers
+    with a bias.  How D is held is up to those that implement ``rows``.
     """
 
-    def __init__(self, linear: nn.Linear, experts: int, shared: Shared) -> None:
+    def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module | None) -> None:
         """Of this size, on the device ``meta``."""
         super().__init__(linear)
-        self.shared = shared
-        self.deltas = self.expected(experts, self.out_features, self.in_features)
+        self.experts, self.shared, self.router = experts, shared, router
         self.shift = None if self.bias is None else self.expected(experts, self.out_features)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[B, …, n]`` → ``[B, …, m]``.  Raises LayoutError if the first layer of its block was not there before it."""
+    def rows(self) -> Rows:
+        """What gives the changes of rows."""
+        raise NotImplementedError
+
+    def choice(self, input: Tensor) -> Tensor:
+        """The coefficients ``[B, N]`` of samples ``[B, …, n]``.  Raises LayoutError if the block's first layer saw others."""
+        if self.router is not None:
+            return self.shared.padding.mean(self.router(input))
         c = self.shared.c
         if c is None or c.shape[0] != input.shape[0]:
             raise LayoutError("a layer of a routed block got other samples than its first, by whose input they are routed")
-        x = input.reshape(input.shape[0], -1, input.shape[-1])
-        y = per_sample(x, c.to(self.weight.dtype), self.matrix, self.deltas)
+        return c
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[B, …, n]`` → ``[B, …, m]``."""
+        c = self.shared.c = self.choice(input)
+        c, x = c.to(self.weight.dtype), input.reshape(input.shape[0], -1, input.shape[-1])
+        y = per_sample(x, c, self.matrix, self.rows())
         if self.shift is not None:
-            y = y + (self.bias + c.to(self.weight.dtype) @ self.shift)[:, None]
+            y = y + (self.bias + c @ self.shift)[:, None]
         return y.view(*input.shape[:-1], self.out_features)
 
 
-class LeadingExperts(DenseExperts):
-    """The first layer of a block, whose input is what the block is routed by: c = the router's mean over a sample's tokens.
+class DenseExperts(MergedExperts):
+    """With whole matrices: ``deltas`` is D ``[N, m, n]``."""
 
-    Tokens of padding do not count, as far as the network is told of them by an ``attention_mask`` ``[B, T]``.
-    """
+    def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module | None) -> None:
+        """See ``MergedExperts``."""
+        super().__init__(linear, experts, shared, router)
+        self.deltas = self.expected(experts, self.out_features, self.in_features)
 
-    def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module) -> None:
-        """``router`` makes ``[…, N]`` of ``[…, n]``."""
-        super().__init__(linear, experts, shared)
-        self.router = router
-
-    def choice(self, input: Tensor) -> Tensor:
-        """The coefficients ``[B, N]`` that samples ``[B, …, n]`` give the experts."""
-        return self.shared.padding.mean(self.router(input))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """See the class."""
-        self.shared.c = self.choice(input)
-        return super().forward(input)
+    def rows(self) -> Rows:
+        """Views."""
+        return lambda rows: self.deltas[:, rows].flatten(1)
 
 
-def per_sample(x: Tensor, c: Tensor, weight: Tensor, deltas: Tensor) -> Tensor:
+class SparseExperts(MergedExperts):
+    """With pruned matrices, as ``_sparse`` packs them: ``gaps`` ``[e]``, ``values`` ``[e]`` and ``starts`` ``[N b + 1, 2]``."""
+
+    def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module | None, entries: int) -> None:
+        """See ``MergedExperts``."""
+        super().__init__(linear, experts, shared, router)
+        self.values = self.expected(entries)
+        blocks = experts * math.ceil(self.out_features / ROWS)
+        self.register_buffer("gaps", torch.empty(entries, dtype=torch.uint8, device="meta"))
+        self.register_buffer("starts", torch.empty(blocks + 1, 2, dtype=torch.int64, device="meta"))
+
+    def rows(self) -> Rows:
+        """Made dense a few rows at a time, which costs little beside merging them for several samples."""
+        m, n = self.out_features, self.in_features
+        gaps, values, blocks = self.get_buffer("gaps"), self.values, math.ceil(m / ROWS)
+        if torch.compiler.is_exporting():
+            whole = values.new_zeros(self.experts * m * n).scatter(0, gaps.long().cumsum(0) - 1, values)
+            return lambda rows: whole.view(self.experts, m, n)[:, rows].flatten(1)
+        starts = self.get_buffer("starts").tolist()
+
+        def dense(rows: slice) -> Tensor:
+            found = values.new_zeros(self.experts, (rows.stop - rows.start) * n)
+            for expert, into in enumerate(found):
+                first, before = starts[expert * blocks + rows.start // ROWS]
+                last, _ = starts[expert * blocks + math.ceil(rows.stop / ROWS)]
+                offset = before - (expert * m + rows.start) * n
+                into.scatter_(0, gaps[first:last].long().cumsum_(0).add_(offset), values[first:last])
+            return found
+
+        return dense
+
+
+def per_sample(x: Tensor, c: Tensor, weight: Tensor, changes: Rows) -> Tensor:
     """(W₀ + Σᵢ cᵢDᵢ) x for each sample: ``[B, T, n]`` and coefficients ``[B, N]`` → ``[B, T, m]``.
 
     Matrices are merged, which costs as much as N tokens; of samples of one token every expert's output is cheaper.
     """
-    if x.shape[1] == 1:
-        each = torch.matmul(x[None, :, 0], deltas.mT)  # [N, B, m]
+    m, n = weight.shape
+    if x.shape[1] == 1 or torch.compiler.is_exporting():  # a graph for any number of samples has no tiles of them
+        deltas = changes(slice(0, m))
+        if x.shape[1] > 1:
+            return torch.bmm(x, (weight.flatten() + c @ deltas).view(-1, m, n).mT)
+        each = torch.matmul(x[None, :, 0], deltas.view(-1, m, n).mT)  # [N, B, m]
         return (F.linear(x[:, 0], weight) + torch.einsum("bk,kbm->bm", c, each))[:, None]
-    if torch.compiler.is_exporting():  # a graph for any number of samples has no tiles of them
-        return torch.bmm(x, (weight.flatten() + c @ deltas.flatten(1)).view(-1, *weight.shape).mT)
-    return _Merged.apply(x, c, weight, deltas)
+    return _Merged.apply(x, c, weight, changes)
 
 
 class _Merged(torch.autograd.Function):
     """The product with merged matrices, made tile by tile in a cache's memory, and made again for the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, c: Tensor, weight: Tensor, deltas: Tensor) -> Tensor:
-        ctx.save_for_backward(x, c, weight, deltas)
+    def forward(ctx: Any, x: Tensor, c: Tensor, weight: Tensor, changes: Rows) -> Tensor:
+        ctx.save_for_backward(x, c, weight)
+        ctx.changes = changes
         y = x.new_empty(*x.shape[:2], len(weight))
-        for some, rows, merged in _tiles(c, weight, deltas):
+        for some, rows, _, merged in _tiles(c, weight, changes):
             torch.bmm(x[some], merged.mT, out=y[some, :, rows])
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        (G,) = grad_outputs
-        x, c, weight, deltas = ctx.saved_tensors
-        wants_x, wants_c, wants_weight, wants_deltas = ctx.needs_input_grad
+        (G,), (x, c, weight) = grad_outputs, ctx.saved_tensors
+        wants_x, wants_c, wants_weight, _ = ctx.needs_input_grad
         gx = torch.zeros_like(x) if wants_x else None
         gc = torch.zeros_like(c) if wants_c else None
-        gD = torch.zeros_like(deltas) if wants_deltas else None
-        for some, rows, merged in _tiles(c, weight, deltas):
-            part = G[some, :, rows]
+        for some, rows, changes, merged in _tiles(c, weight, ctx.changes):
             if gx is not None:
-                gx[some].baddbmm_(part, merged)
-            if gc is not None or gD is not None:
-                outer = torch.bmm(part.mT, x[some])
-                if gc is not None:
-                    gc[some].addmm_(outer.flatten(1), deltas[:, rows].flatten(1).T)
-                if gD is not None:
-                    gD[:, rows] += torch.tensordot(c[some], outer, ([0], [0]))
-        return gx, gc, G.flatten(0, 1).T @ x.flatten(0, 1) if wants_weight else None, gD
+                gx[some].baddbmm_(G[some, :, rows], merged)
+            if gc is not None:
+                gc[some].addmm_(torch.bmm(G[some, :, rows].mT, x[some]).flatten(1), changes.T)
+        return gx, gc, G.flatten(0, 1).T @ x.flatten(0, 1) if wants_weight else None, None
 
 
-def _tiles(c: Tensor, weight: Tensor, deltas: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Samples, rows of the matrix, and these rows of their merged matrices ``[samples, rows, n]``, good until the next."""
+def _tiles(c: Tensor, weight: Tensor, changes: Rows) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Samples, rows of the matrix, the changes of these rows, and their merged matrices ``[samples, rows, n]``.
+
+    The last is good until the next.
+    """
     m, n = weight.shape
-    rows = max(1, TILE // (SAMPLES * n))
+    rows = max(1, TILE // (SAMPLES * n * ROWS)) * ROWS
     buffer = c.new_empty(min(SAMPLES, len(c)), min(rows, m) * n)
     for first in range(0, m, rows):
         which = slice(first, min(first + rows, m))
-        base, changes = weight[which].reshape(-1), deltas[:, which].flatten(1)
+        base, changed = weight[which].reshape(-1), changes(which)
         for start in range(0, len(c), SAMPLES):
             some = slice(start, min(start + SAMPLES, len(c)))
             merged = buffer[: some.stop - start, : len(base)]
-            torch.addmm(base, c[some], changes, out=merged)
-            yield some, which, merged.view(len(merged), -1, n)
+            torch.addmm(base, c[some], changed, out=merged)
+            yield some, which, changed, merged.view(len(merged), -1, n)
 
 
 class Constant(nn.Module):
@@ -331,13 +373,13 @@ def routed(network: nn.Module, layers: Mapping[str, Description], weights: Check
     return new.get(network, network)
 
 
-#: layers that choose among the experts, for themselves or for their block
-Gate = LowRankExperts | LeadingExperts
+Gate = LowRankExperts | MergedExperts
 
 
 def gates(network: nn.Module) -> dict[str, Gate]:
-    """The layers of a network that choose, by name."""
-    return {name: layer for name, layer in _linears(network) if isinstance(layer, Gate)}
+    """The layers of a network that choose among the experts, for themselves or for their block, by name."""
+    found = {name: layer for name, layer in _linears(network) if isinstance(layer, Gate)}
+    return {name: layer for name, layer in found.items() if isinstance(layer, LowRankExperts) or layer.router is not None}
 
 
 def described(network: nn.Module) -> dict[str, Description]:
@@ -350,14 +392,24 @@ def _layer(linear: nn.Linear, about: Description, blocks: Mapping[str, Shared], 
     match dict(about):
         case {"kind": "low_rank", "experts": int(n), "directions": int(d), "rank": int(r), "gate": int(gate), "top": int(top)}:
             return LowRankExperts(linear, n, d, r, gate, top)
-        case {"kind": "dense", "experts": int(n), "block": str(block), "router": {"name": str(name), "hidden": int(hidden)}}:
+        case {"kind": "dense", "experts": int(n), "block": str(block)}:
+            return DenseExperts(linear, n, blocks[block], _router(linear, n, about, routers))
+        case {"kind": "sparse", "experts": int(n), "block": str(block), "entries": int(entries)}:
+            return SparseExperts(linear, n, blocks[block], _router(linear, n, about, routers), entries)
+    raise LayoutError(f"no routed layer is described by {dict(about)}")
+
+
+def _router(linear: nn.Linear, outputs: int, about: Description, routers: dict[str, nn.Module]) -> nn.Module | None:
+    """The layer's router, if it has one: that of another layer if it is of the same name."""
+    match about.get("router"):
+        case None:
+            return None
+        case {"name": str(name), "hidden": int(hidden)}:
             if name not in routers:
                 with torch.device("meta"):
-                    routers[name] = router(linear.in_features, n, hidden).to(linear.weight.dtype)
-            return LeadingExperts(linear, n, blocks[block], routers[name])
-        case {"kind": "dense", "experts": int(n), "block": str(block)}:
-            return DenseExperts(linear, n, blocks[block])
-    raise LayoutError(f"no routed layer is described by {dict(about)}")
+                    routers[name] = router(linear.in_features, outputs, hidden).to(linear.weight.dtype)
+            return routers[name]
+    raise LayoutError(f"no router is described by {about['router']}")
 
 
 def _missing(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
