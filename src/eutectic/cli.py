@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eutectic.errors import EutecticError
+from eutectic.errors import EutecticError, StoppedError
 
 if TYPE_CHECKING:
     from eutectic.bench.evaluate import Choice
@@ -145,7 +145,14 @@ def fuse(
     begun = out.resolve().with_name(f".{out.resolve().name}.fit")
     with _bar() as progress, processes(device):
         how = Run(parsed.seed, parsed.protocol, device, autocast, begun, progress)
-        artefact = fusing.fit_recipe(parsed, recipe.parent, how)
+        try:
+            artefact = fusing.fit_recipe(parsed, recipe.parent, how)
+        except StoppedError as error:
+            if error.artefact is not None and not rank():
+                kept = out.with_name(f"{out.name}.stopped")
+                fusion.save_artefact(error.artefact, kept, replace=True)
+                raise StoppedError(f"{error}; the last good artefact is in {kept}") from None
+            raise
         if rank():
             return
         parsed, merged = fusing.applied(parsed, recipe.parent, artefact)
@@ -231,6 +238,10 @@ def evaluate(
     suite: SuiteName = "mini",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON record a line.")] = False,
     split: Annotated[str, typer.Option(help="Which split to score.")] = "test",
+    routing: Annotated[
+        Path | None,
+        typer.Option(help="Of a mixture: write which experts each task uses here, as an SVG, and as JSON beside it."),
+    ] = None,
 ) -> None:
     """Score MODEL on the tasks of a suite."""
     from eutectic import record
@@ -238,10 +249,13 @@ def evaluate(
     from eutectic.bench.zoo import open_suite
     from eutectic.checkpoint.folder import open_path
     from eutectic.checkpoint.hashed import fingerprint
+    from eutectic.fusion._folder import layers_of
 
     opened = open_suite(suite)
     weights = open_path(model)
-    network = opened.backbone(weights)
+    network = opened.backbone(weights, layers_of(model))
+    if routing is not None:
+        _report_routing(network, opened, split, routing)
     fields = scoring.fields_of(model) | {"suite": opened.name, "inputs": {"model": fingerprint(weights)}}
     records = scoring.evaluate(network, opened.tasks, split=split, **fields)
     if json:
@@ -250,6 +264,20 @@ def evaluate(
     else:
         for found in [*records, record.mean_of(records)]:
             print(f"{found.task:16} {100 * found.value:5.1f}  [{100 * found.low:.1f}, {100 * found.high:.1f}]  n = {found.n}")
+
+
+def _report_routing(network: Any, suite: Any, split: str, path: Path) -> None:
+    import json
+
+    from eutectic.bench.routing import heat_map
+    from eutectic.bench.routing import routing as routing_of
+    from eutectic.checkpoint.writer import explained
+
+    found = routing_of(network, suite.tasks, split)
+    names = list(suite.classes) if found.mean.shape[2] == len(suite.classes) else [str(i) for i in range(found.mean.shape[2])]
+    with explained(path):
+        path.write_text(heat_map(found, names), encoding="utf-8")
+        path.with_suffix(".json").write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
 
 
 @app.command()

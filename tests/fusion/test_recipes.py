@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from eutectic import cli, errors, registry
@@ -11,6 +12,7 @@ from eutectic.bench import zoo
 from eutectic.checkpoint.folder import open_folder
 from eutectic.checkpoint.hashed import fingerprint
 from eutectic.fusion import _fit
+from eutectic.fusion._folder import layers_of
 from eutectic.merge.recipe import load
 
 RECIPE = "method: {method}\nsuite: mini\nexperts: [digits8, letters]\nparameters: {{{parameters}}}\n"
@@ -41,9 +43,10 @@ def run(*arguments):
     return result
 
 
-@pytest.mark.parametrize("method", ["adamerging", "concrete_task_arithmetic"])
+@pytest.mark.parametrize("method", ["adamerging", "concrete_task_arithmetic", "wemoe", "smile"])
 def test_what_fuse_wrote_merge_writes_again_from_its_artefact(recipe, tmp_path, method):
-    assert run("fuse", recipe(method), tmp_path / "out").exit_code == 0
+    parameters = "rank: 2, gate_rank: 2" if method == "smile" else "steps: 2, batch_size: 2"
+    assert run("fuse", recipe(method, parameters), tmp_path / "out").exit_code == 0
     about = json.loads((tmp_path / "out" / "artefact" / "artefact.json").read_text())
     assert about["method"] == method
     assert about["protocol"] == "inductive"
@@ -52,6 +55,10 @@ def test_what_fuse_wrote_merge_writes_again_from_its_artefact(recipe, tmp_path, 
     again = recipe(method, "", "again.yaml", RECIPE.replace("parameters: {{{parameters}}}\n", ""), "artefact: out\n")
     assert run("merge", again, tmp_path / "again").exit_code == 0
     assert fingerprint(open_folder(tmp_path / "again")) == fingerprint(open_folder(tmp_path / "out"))
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
+    suite = zoo.open_suite("mini")
+    network = suite.backbone(open_folder(tmp_path / "out"), layers_of(tmp_path / "out"))
+    assert network(torch.zeros(2, 3, 42, 42)).shape == (2, 384)
 
 
 def test_an_interrupted_fit_is_carried_on_to_the_same_bits(recipe, tmp_path, monkeypatch):

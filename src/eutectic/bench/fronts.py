@@ -17,12 +17,12 @@ import numpy as np
 from torch import nn
 
 from eutectic import record, registry
-from eutectic.bench.backbones import fill
 from eutectic.bench.evaluate import Choice, Made, Progress, described, fitted, make, references, require, scored
 from eutectic.bench.suite import Suite
 from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.errors import EutecticError, TaskError
 from eutectic.fusion._api import method, unloaded
+from eutectic.fusion._folder import filled
 from eutectic.fusion._fusion import Protocol, Run
 from eutectic.fusion._preferences import corners_and_centre, simplex_grid
 from eutectic.merge.api import state_dict
@@ -81,7 +81,7 @@ def pareto(
     require(suite, choices, list(tasks))
     known, network, run = [suite.task(name) for name in tasks], suite.backbone(), Run(seed, protocol)
     for row in references(suite, known):
-        yield from scored(network, row, known, progress, {"seed": seed, "protocol": protocol})
+        yield from scored(suite, row, known, progress, {"seed": seed, "protocol": protocol})
     points, ends = grid(len(tasks), parts), [tuple(p) for p in corners_and_centre(len(tasks)).tolist()]
 
     def alone(how: str) -> Callable[[Preference], Made]:
@@ -102,7 +102,7 @@ def pareto(
             made = front.made(p)
             said = {"method": f"{front.name}{AT}{' : '.join(f'{weight:.3g}' for weight in p)}"}
             said |= {"parameters": {**made.fields["parameters"], "preference": list(p)}, "seed": seed, "protocol": protocol}
-            found.append(scored(network, dict.fromkeys(tasks, made), known, progress, said))
+            found.append(scored(suite, dict.fromkeys(tasks, made), known, progress, said))
             yield from found[-1]
         yield from measured(front.name, found)
 
@@ -138,7 +138,7 @@ def _interpolated(
         progress(f"task_arithmetic: choosing on val, scale {scale}")
         found = []
         for p in points:
-            fill(network, merged(p, scale))
+            filled(network, merged(p, scale))
             found.append([task.score(network, "val").value for task in tasks])
         return hypervolume(found)
 

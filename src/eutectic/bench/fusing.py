@@ -13,7 +13,7 @@ from eutectic.bench.suite import Suite
 from eutectic.bench.zoo import open_suite
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import ParameterError, RecipeError, did_you_mean
-from eutectic.fusion._api import fit, fused, load_artefact, require_weights, with_parameters
+from eutectic.fusion._api import fit, fused, load_artefact, with_parameters
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.merge.compose import Composed
 from eutectic.merge.recipe import Recipe
@@ -23,14 +23,12 @@ from eutectic.merge.run import opened
 def fit_recipe(recipe: Recipe, folder: Path, run: Run) -> Artefact:
     """Fit what a recipe says, paths relative to ``folder``.
 
-    Raises RecipeError if it names an artefact, or neither a suite nor tasks, LayoutError for a method that keeps its experts,
-    and what fitting raises.
+    Raises RecipeError if it names an artefact, or neither a suite nor tasks, and what fitting raises.
     """
     if not recipe.is_fitted:
         raise RecipeError(f"{recipe.method} is fitted to nothing: `eutectic merge` runs the recipe")
     if recipe.artefact is not None:
         raise RecipeError("the recipe has an `artefact`, so it is fitted already: `eutectic merge` applies it")
-    require_weights(recipe.method, recipe.parameters)
     named = recipe.suite or recipe.tasks
     if named is None:
         raise RecipeError(f"{recipe.method} is fitted to data: name a `suite`, or a `base`, `experts` and `tasks`")

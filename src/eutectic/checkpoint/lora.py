@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint._files import inside, read_json
-from eutectic.checkpoint.base import Checkpoint
+from eutectic.checkpoint.base import Checkpoint, Thin
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.spec import Layout
 from eutectic.errors import CheckpointError, did_you_mean
@@ -118,6 +118,18 @@ class Lora(Checkpoint):
         if self._transposed:  # the weight is [in, out], so its update is (B·A)ᵀ = Aᵀ·Bᵀ
             return (self._adapter.read(a).float()[:, first:last].T @ self._adapter.read(b).float().T) * scale
         return (self._adapter.read(b, slice(first, last)).float() @ self._adapter.read(a).float()) * scale
+
+    def thin(self, name: str) -> Thin | None:
+        """W, s·B and A, in float32; of no columns where the adapter does nothing; None for what it replaces."""
+        spec = self.spec(name)
+        if name in self._replaced or len(spec.shape) != 2:
+            return None
+        start = self._base.read(name)
+        if name not in self._updates:
+            return Thin(start, torch.zeros(spec.shape[0], 0), torch.zeros(0, spec.shape[1]))
+        a, b, scale = self._updates[name]
+        A, sB = self._adapter.read(a).float(), self._adapter.read(b).float() * scale
+        return Thin(start, A.T, sB.T) if self._transposed else Thin(start, sB, A)
 
     def close(self) -> None:
         """Close the adapter and the base."""

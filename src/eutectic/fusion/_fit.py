@@ -22,7 +22,7 @@ from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.save import save_tensors
-from eutectic.errors import NonFiniteError, ParameterError, TaskError
+from eutectic.errors import NonFiniteError, ParameterError, StoppedError, TaskError
 from eutectic.fusion._fusion import Run
 from eutectic.task import Arrays, Task
 
@@ -83,7 +83,7 @@ def generator(*key: object) -> torch.Generator:
 def backward(network: nn.Module, batches: Batches, step: int, loss: Loss, run: Run) -> float:
     """Add ∂L/∂θ of a step to the network's gradients, task after task; returns L, the sum over tasks.
 
-    Raises NonFiniteError naming the task and step, TaskError for a task whose loss depends on nothing that is fitted.
+    Raises NonFiniteError naming the task, TaskError for a task whose loss depends on nothing that is fitted.
     """
     total = sum(backward_of(network, batches, task, step, loss, run) for task in batches.tasks)
     return float(mean_over_processes(torch.tensor(total, dtype=torch.float64)))
@@ -94,7 +94,7 @@ def backward_of(network: nn.Module, batches: Batches, task: Task, step: int, los
     index = batches.index(task, step)
     value = loss(task, run.forward(network, task, batches.inputs(task, index)), index)
     if not torch.isfinite(value):
-        raise NonFiniteError(f"task {task.name!r}, step {step}: the loss is {value.item()}")
+        raise NonFiniteError(f"task {task.name!r}: the loss is {value.item()}")
     if not value.requires_grad:
         raise TaskError(f"task {task.name!r}: its loss has no gradient by what is fitted; does its head cut the graph?")
     value.backward()
@@ -143,7 +143,8 @@ def descend(
 
     Every ``EVERY`` steps ``criterion`` (a label-free loss, smaller is better) is taken, and the state kept in
     ``run.folder/WHAT``; after ``patience`` times without a better one it ends.  A fit that was interrupted is
-    carried on from there.  Raises NonFiniteError; then the last good state is kept.
+    carried on from there.  What is not finite ends it too, and is left in ``run.stopped``; without any good step before,
+    NonFiniteError is raised.
     """
     tensors = dict(state)
     optimiser = torch.optim.Adam(tensors.values(), lr=lr, fused=True)
@@ -167,11 +168,18 @@ def descend(
     for step in range(first, steps):
         if _worse_for(history) >= patience:
             break
-        loss, found = gradients(step)
-        for name, tensor in tensors.items():
-            tensor.grad = mean_over_processes(found[name].to(tensor))
-            if not torch.isfinite(tensor.grad).all():
-                raise NonFiniteError(f"{what}, step {step}: the loss is finite, but its gradient by {name!r} is not")
+        try:
+            loss, found = gradients(step)
+            for name, tensor in tensors.items():
+                tensor.grad = mean_over_processes(found[name].to(tensor))
+                if not torch.isfinite(tensor.grad).all():
+                    raise NonFiniteError(f"the loss is finite, but its gradient by {name!r} is not")
+        except NonFiniteError as error:
+            stopped = StoppedError(f"{what}, step {step}: {error}")
+            if len(history) < 2:  # nothing is better than what it began with
+                raise stopped from None
+            run.stopped.append(stopped)
+            break
         optimiser.step()
         optimiser.zero_grad()
         del found  # a mask's gradient is as large as the network's, which the next passes are about to make

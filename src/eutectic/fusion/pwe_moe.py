@@ -96,7 +96,7 @@ def pwe_moe(
         batches = Batches(run, list(own.values()), batch_size)
         loss = divergence_from(expert_outputs(models, batches.tasks, run)) if target == "experts" else entropy
         others = _unrouted(models, blocks)
-        equation = Weighted(models.network, models.base, models.experts, run.storage)
+        equation = Weighted(models.network, models.base, models.experts, run.held)
         arithmetic = Merged("task_arithmetic", models.base, models.experts, {"scale": scale})
         fill(models.network, Select(arithmetic, {name for group in others for name in group}.__contains__))
         labels = [_label(blocks, site.name) or "" for site in equation.sites]
@@ -182,7 +182,7 @@ def _each(
     for task in batches.tasks:
         losses.append(backward_of(equation.network, batches, task, step, loss, run))
         found.append(mean_over_processes(equation.weight_gradient()))
-        equation.network.zero_grad()
+        equation.network.zero_grad(set_to_none=False)
     return mean_over_processes(torch.tensor(losses, dtype=torch.float64)), found
 
 

@@ -202,14 +202,15 @@ def _write_side_files(checkpoint: Checkpoint, donor: Checkpoint, folder: Path) -
         # an adapter's files come before those of the model that it adapts
         copy_side_files(donor.files[-1].parent, folder, dtypes.pop() if len(dtypes) == 1 else None)
     composed = checkpoint if isinstance(checkpoint, Composed) else None
-    if composed is not None and (folder / "config.json").exists():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    if composed is not None and (path.exists() or composed.mixture is not None):
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         changed, _ = relayered(config, composed.layers)
         if composed.mixture is not None:
             changed = composed.mixture.config(changed)
         if changed != config:
             text = json.dumps(changed, indent=2, ensure_ascii=False)
-            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+            path.write_text(text + "\n", encoding="utf-8")
     tokenizer = composed.tokenizer if composed is not None else tokenizer_of(donor)
     if tokenizer is not None:
         tokenizer.write(folder)
