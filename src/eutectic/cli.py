@@ -335,8 +335,10 @@ def bench(
             raise EutecticError("--task is for --study pareto")
         _run(suite, out, tuple(method) if method else None, score)
         return
+    drawn = fronts.figure() if len(task or []) in fronts.PANELS else None
     _run(suite, out, tuple(method or ["pwe_moe"]), functools.partial(score, tasks=task or []))
-    fronts.plot(list(record.load(out / "records.jsonl")), out / "fronts.svg")
+    if drawn:
+        fronts.plot(list(record.load(out / "records.jsonl")), out / "fronts.svg", drawn)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Fronts of preferences on a small cut of the packaged suite: two of its tasks, few samples."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -9,16 +10,26 @@ import pytest
 
 from eutectic.bench import fronts, zoo
 from eutectic.bench.evaluate import Choice
-from eutectic.bench.fronts import AT, grid, hypervolume, pareto, plot
+from eutectic.bench.fronts import AT, figure, grid, hypervolume, pareto, plot
 from eutectic.bench.suite import Suite
+from eutectic.checkpoint.base import Memory
 from eutectic.errors import EutecticError, TaskError, UnknownNameError
+from eutectic.merge.api import state_dict
 from eutectic.task import SPLITS
 
 pytest.importorskip("moocore")
 
 TASKS = ("letters", "digits8")
-SIZES = {"train": 8, "val": 12, "adapt": 16, "test": 20}
+SIZES = {"train": 8, "val": 8, "adapt": 8, "test": 20}
 QUICK = {"steps": 1, "batch_size": 2}
+
+
+class Held(Suite):
+    """Its experts are in memory: adapters would be expanded at each of many reads."""
+
+    @functools.cache  # noqa: B019
+    def expert(self, task):
+        return Memory(state_dict(super().expert(task)))
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +47,14 @@ def suite(tmp_path_factory):
     np.savez(folder / "data.npz", **stored)
     info = whole.info | {"name": "cut", "tasks": {task: whole.classes[task] for task in TASKS}}
     (folder / "suite.json").write_text(json.dumps(info))
-    return Suite(folder)
+    return Held(folder)
 
 
 @pytest.fixture(scope="module")
 def records(suite):
-    return list(pareto(suite, [Choice("pwe_moe", QUICK)], TASKS, parts=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fronts, "SCALES", (0.8, 1.0))
+        return list(pareto(suite, [Choice("pwe_moe", QUICK)], TASKS, parts=2))
 
 
 def test_every_point_is_scored_with_its_preference_and_every_front_is_measured(records):
@@ -83,8 +96,8 @@ def test_corners_are_the_experts_where_nothing_is_left_to_learn_there(records):
 
 def test_the_scale_of_interpolation_is_chosen_on_val_and_the_fit_tells_its_losses(records):
     (first, *_) = [one for one in records if one.method.startswith("task_arithmetic at")]
-    assert first.parameters["scale"] in fronts.SCALES
-    assert "chosen on val among 5 candidates, by hypervolume" in first.notes
+    assert first.parameters["scale"] in (0.8, 1.0)
+    assert "chosen on val among 2 candidates, by hypervolume" in first.notes
     assert any(one.notes.startswith("held-out loss by step") for one in records)
 
 
@@ -132,14 +145,14 @@ def test_what_has_no_front_is_refused(suite):
 
 def test_two_and_three_tasks_are_drawn(records, tmp_path):
     pytest.importorskip("matplotlib")
-    plot(records, tmp_path / "two.svg")
+    plot(records, tmp_path / "two.svg", figure())
     first = (tmp_path / "two.svg").read_text()
-    plot(records, tmp_path / "two.svg")
+    plot(records, tmp_path / "two.svg", figure())
     assert (tmp_path / "two.svg").read_text() == first
     assert "letters, %" in first
     assert "linear, one by one" in first
     more = [dataclasses.replace(one, task="third") for one in records if one.task == "letters"]
-    plot([*records, *more], tmp_path / "three.svg")
+    plot([*records, *more], tmp_path / "three.svg", figure())
     assert (tmp_path / "three.svg").read_text().count("third, %") == 2
     with pytest.raises(EutecticError, match="two or three tasks are drawn, not of 1"):
-        plot(more, tmp_path / "one.svg")
+        plot(more, tmp_path / "one.svg", figure())

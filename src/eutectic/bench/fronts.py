@@ -34,6 +34,8 @@ from eutectic.task import Task
 PARTS = {2: 10, 3: 5, 4: 3}
 #: what interpolation multiplies λ = p by; one of them is chosen on ``val``
 SCALES = (0.6, 0.8, 1.0, 1.2, 1.5)
+#: which tasks a panel of a plot has, by how many there are
+PANELS: Mapping[int, list[tuple[int, int]]] = {2: [(0, 1)], 3: [(0, 1), (0, 2), (1, 2)]}
 #: between a front's name and the preference of a point of it
 AT = " at "
 
@@ -197,27 +199,33 @@ def _moocore() -> Any:
     return moocore
 
 
-def plot(records: Sequence[Record], path: Path) -> None:
-    """Draw the fronts of two or three tasks, each pair of them in a panel, as an SVG.
-
-    Raises EutecticError where matplotlib is missing, or for records of another number of tasks.
-    """
+def figure() -> Any:
+    """An empty figure.  Raises EutecticError where matplotlib is missing."""
     try:
-        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
-        raise EutecticError("plots need matplotlib: pip install 'eutectic[plots]'") from None
+        raise EutecticError("plots need matplotlib: pip install 'eutectic[pareto]'") from None
+    return Figure(layout="constrained")
+
+
+def plot(records: Sequence[Record], path: Path, drawn: Any) -> None:
+    """Draw the fronts of two or three tasks into an empty figure, each pair of them in a panel, and write it as an SVG.
+
+    Raises EutecticError for records of another number of tasks.
+    """
+    from matplotlib import rc_context
+
     fronts: dict[str, dict[str, dict[str, float]]] = {}
     for one in records:
         if one.metric == "accuracy" and one.task != "mean":
             fronts.setdefault(one.method.partition(AT)[0], {}).setdefault(one.method, {})[one.task] = 100 * one.value
     tasks = list(next(iter(next(iter(fronts.values())).values())))
-    pairs: Mapping[int, list[tuple[int, int]]] = {2: [(0, 1)], 3: [(0, 1), (0, 2), (1, 2)]}
-    if len(tasks) not in pairs:
+    if len(tasks) not in PANELS:
         raise EutecticError(f"fronts of two or three tasks are drawn, not of {len(tasks)}")
+    panels = PANELS[len(tasks)]
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fronts", "font.size": 8}):
-        figure = Figure((3.4 * len(pairs[len(tasks)]), 3.2), layout="constrained")
-        for axes, (x, y) in zip(np.ravel(figure.subplots(1, len(pairs[len(tasks)]))), pairs[len(tasks)], strict=True):
+        drawn.set_size_inches(3.4 * len(panels), 3.2)
+        for axes, (x, y) in zip(np.ravel(drawn.subplots(1, len(panels))), panels, strict=True):
             for (name, points), marker in zip(fronts.items(), "xPos^Dv<>*" * len(fronts), strict=False):
                 along = [[found[tasks[at]] for found in points.values()] for at in (x, y)]
                 joined = len(tasks) == 2 and len(along[0]) > 3
@@ -225,4 +233,4 @@ def plot(records: Sequence[Record], path: Path) -> None:
             axes.set(xlabel=f"{tasks[x]}, %", ylabel=f"{tasks[y]}, %")
             axes.grid(alpha=0.3)
         axes.legend(fontsize=6)
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        drawn.savefig(path, format="svg", metadata={"Date": None})
