@@ -50,6 +50,7 @@ class Study(StrEnum):
 
     generalisation = "generalisation"
     robustness = "robustness"
+    pareto = "pareto"
 
 
 CompatOption = Annotated[
@@ -304,13 +305,16 @@ def bench(
         list[Protocol] | None, typer.Option(help="What fitted methods see: adapt's inputs, or test's. May be given twice.")
     ] = None,
     study: Annotated[
-        Study | None, typer.Option(help="Fuse without two tasks and score those too; or score on corrupted images.")
+        Study | None,
+        typer.Option(help="Fuse without two tasks and score those too; or score on corrupted images; or draw fronts."),
     ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="For pareto: a task of the front; two or more.")] = None,
     corruption: Annotated[list[str] | None, typer.Option(help="For robustness; all seven by default.")] = None,
     severity: Annotated[list[int] | None, typer.Option(help="For robustness, 1 to 5; 3 by default.")] = None,
 ) -> None:
     """Score θ₀, the experts and every closed-form method, or the methods named, on a suite."""
-    from eutectic.bench import corruptions, protocols
+    from eutectic import record
+    from eutectic.bench import corruptions, fronts, protocols
     from eutectic.bench.evaluate import run_suite
 
     seen: Any = [p.value for p in protocol or [Protocol.inductive]]
@@ -319,12 +323,22 @@ def bench(
     elif len(seed or []) > 1 or len(seen) > 1:
         raise EutecticError(f"a study of {study.value} takes one seed and one protocol at a time")
     else:
-        score = functools.partial(getattr(protocols, study.value), seed=(seed or [0])[0], protocol=seen[0])
+        room = fronts if study is Study.pareto else protocols
+        score = functools.partial(getattr(room, study.value), seed=(seed or [0])[0], protocol=seen[0])
     if study is not Study.robustness and (corruption or severity):
         raise EutecticError("--corruption and --severity are for --study robustness")
     if study is Study.robustness:
         score = functools.partial(score, kinds=corruption or list(corruptions.KINDS), severities=severity or [3])
-    _run(suite, out or Path("runs") / Path(suite).name, tuple(method) if method else None, score)
+    out = out or Path("runs") / Path(suite).name
+    if study is not Study.pareto:
+        if task:
+            raise EutecticError("--task is for --study pareto")
+        _run(suite, out, tuple(method) if method else None, score)
+        return
+    drawn = fronts.figure() if len(task or []) in fronts.PANELS else None
+    _run(suite, out, tuple(method or ["pwe_moe"]), functools.partial(score, tasks=task or []))
+    if drawn:
+        fronts.plot(list(record.load(out / "records.jsonl")), out / "fronts.svg", drawn)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from eutectic.errors import LayoutError, RecipeError, TaskError
 from eutectic.fusion._api import fit, fused
 from eutectic.fusion._api import method as fusion_method
 from eutectic.fusion._folder import filled
-from eutectic.fusion._fusion import ModelSet, Protocol, Run
+from eutectic.fusion._fusion import Artefact, ModelSet, Protocol, Run
 from eutectic.fusion._routing import Description
 from eutectic.merge.api import state_dict
 from eutectic.merge.recipe import Recipe
@@ -135,29 +135,39 @@ def make(suite: Suite, network: nn.Module, tasks: Sequence[Task], run: Run, prog
     names, layers = [task.name for task in tasks], {}
     method, parameters = choice
     if registry.room_of(method) == "fusion":
-        experts = suite.experts(names)
-        told = functools.partial(_told, progress, f"{choice.label}, {run.protocol}, seed {run.seed}")
-        artefact = fit(
-            method, ModelSet(suite.backbone(), suite.base, experts), tasks, parameters, dataclasses.replace(run, progress=told)
-        )
-        weights, parameters, notes = fused(suite.base, experts, artefact), artefact.about["parameters"], ""
+        artefact = fitted(suite, tasks, run, progress, choice)
+        weights, parameters, notes = fused(suite.base, suite.experts(names), artefact), artefact.about["parameters"], ""
         layers = artefact.about.get("layers", {})
     else:
         given = Recipe(method=method, parameters=dict(parameters), seed=run.seed).bound_parameters()
         weights, notes = choose(suite, network, method, tasks, given, progress)
         parameters = weights.parameters
+    fields = described(suite, names, run, choice.label, method, parameters) | {"notes": notes}
+    return Made(Memory(state_dict(weights)), fields, time.perf_counter() - started, layers)
+
+
+def fitted(suite: Suite, tasks: Sequence[Task], run: Run, progress: Progress, choice: Choice) -> Artefact:
+    """What a method is fitted to of the tasks' experts; it sees these tasks and no other."""
+    told = functools.partial(_told, progress, f"{choice.label}, {run.protocol}, seed {run.seed}")
+    models = ModelSet(suite.backbone(), suite.base, suite.experts([task.name for task in tasks]))
+    return fit(choice.method, models, tasks, choice.parameters, dataclasses.replace(run, progress=told))
+
+
+def described(
+    suite: Suite, names: Sequence[str], run: Run, label: str, method: str, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What records say of weights that a method made of some experts."""
     recipe = Recipe(
         method=method,
         suite=suite.name,
-        experts={} if names == list(suite.classes) else {str(at): name for at, name in enumerate(names)},
+        experts={} if list(names) == list(suite.classes) else {str(at): name for at, name in enumerate(names)},
         parameters=dict(parameters),
         seed=run.seed,
         protocol=run.protocol,
     )
-    fields = {"method": choice.label, "parameters": parameters, "recipe_sha256": recipe.sha256(), "notes": notes}
+    fields = {"method": label, "parameters": parameters, "recipe_sha256": recipe.sha256()}
     fields |= {"seed": run.seed, "protocol": run.protocol, "suite": suite.name}
-    inputs = {name: suite.fingerprints[name] for name in ("base", *names)}
-    return Made(Memory(state_dict(weights)), fields | {"inputs": inputs}, time.perf_counter() - started, layers)
+    return fields | {"inputs": {name: suite.fingerprints[name] for name in ("base", *names)}}
 
 
 def references(suite: Suite, tasks: Sequence[Task]) -> Iterator[dict[str, Made]]:
