@@ -20,6 +20,7 @@ from eutectic.errors import EutecticError, StoppedError
 
 if TYPE_CHECKING:
     from eutectic.bench.evaluate import Choice
+    from eutectic.merge.adapters import Fused
     from eutectic.merge.compose import Composed
     from eutectic.merge.recipe import AnyRecipe
     from eutectic.merge.view import Merged
@@ -106,7 +107,17 @@ def merge(
         )
     for note in merged.mixture.found if isinstance(merged, Composed) and merged.mixture else ():
         print(f"note: {note}", file=sys.stderr)
-    print(f"{out}: {merged.method} of {len(merged.experts)} expert(s)")
+    print(f"{out}: {merged.method} of {len(merged.experts)} expert(s){_truncation(merged)}")
+
+
+def _truncation(merged: Merged | Composed | Fused) -> str:
+    from eutectic.merge.adapters import Fused
+
+    if not isinstance(merged, Fused):
+        return ""
+    ranks = sorted({merged.rank_of(name) for name in merged.targets})
+    said = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return f"; rank {said}, which leaves out {100 * merged.error:.2g} % of the merged change"
 
 
 @app.command()
@@ -376,7 +387,7 @@ def zoo_build(
     print(f"{target}: {len(spec.tasks)} experts")
 
 
-def _open_recipe(path: Path, compat: Compat | None = None) -> tuple[AnyRecipe, Merged | Composed]:
+def _open_recipe(path: Path, compat: Compat | None = None) -> tuple[AnyRecipe, Merged | Composed | Fused]:
     from eutectic.bench import fusing
     from eutectic.bench.evaluate import suite_recipe
     from eutectic.merge.recipe import Recipe, load

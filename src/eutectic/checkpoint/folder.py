@@ -13,7 +13,8 @@ import torch
 
 from eutectic.checkpoint._files import inside, read_json
 from eutectic.checkpoint.base import Checkpoint
-from eutectic.checkpoint.lora import CONFIG_FILE, open_lora
+from eutectic.checkpoint.lora import open_lora
+from eutectic.checkpoint.peft import CONFIG_FILE
 from eutectic.checkpoint.safetensors import SafetensorsFile, Sharded
 from eutectic.checkpoint.writer import explained
 from eutectic.errors import CheckpointError, MissingDependencyError
