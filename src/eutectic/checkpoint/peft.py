@@ -202,6 +202,9 @@ def _sorted(file: Checkpoint, config: dict[str, Any]) -> tuple[dict[str, Target]
                 parts.setdefault(name.removesuffix(end), {})[part] = key
                 break
         else:
+            plain = re.sub(r"\.(original_module|modules_to_save)\.", ".", name)
+            if plain != name and f"{PREFIX}{plain}" in file.specs:
+                continue  # with bias = "all" PEFT writes the biases of saved modules three times
             if ".lora_" in name:
                 raise CheckpointError(f"{file.origin}: {key!r} is a part of an adapter that is not understood. {ADVICE}")
             replaced[name.replace(".base_layer.", ".")] = key  # where PEFT keeps the bias of a layer that it adapts
