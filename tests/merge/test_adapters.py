@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from tests.merge.conftest import write_model
 
+import eutectic
 from eutectic import registry
 from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.folder import open_folder
@@ -343,6 +344,26 @@ def test_without_it_the_model_is_dense(write, run, tmp_path):
     for name in BASE:
         assert torch.equal(found.read(name), wanted.read(name))
         assert not torch.equal(found.read(name), BASE[name])
+
+
+def test_a_recipes_base_is_that_of_adapters_whose_own_is_not_here(write, run, tmp_path):
+    write_model(tmp_path / "base", BASE)
+    folders = [write(name, factors(seed)) for seed, name in ((1, "a"), (2, "b"))]
+    (tmp_path / "r.yaml").write_text("method: average\nbase: base\nexperts: [a, b]\n")
+    assert run("merge", tmp_path / "r.yaml", tmp_path / "out")[0] == 0
+    found = open_folder(tmp_path / "out").read("layers.0.v.weight").double()
+    near(found - BASE["layers.0.v.weight"], sum(change(folder, 2.0, "layers.0.v") for folder in folders) / 2, 1e-5)
+
+
+def test_from_python(three, tmp_path):
+    fused = eutectic.merge_adapters("ties", three, density=0.5, rank=4, dtype=torch.bfloat16)
+    eutectic.save(fused, tmp_path / "out")
+    assert 0 < fused.error < 1
+    assert {spec.dtype for spec in open_adapter(tmp_path / "out").file.specs.values()} == {torch.bfloat16}
+    with pytest.raises(EutecticError, match="an adapter is merged as it is.*`repair`"):
+        eutectic.save(fused, tmp_path / "again", repair=True)
+    with pytest.raises(EutecticError, match="exists already"):
+        eutectic.save(fused, tmp_path / "out")
 
 
 def test_a_base_beside_the_adapters_is_named_as_seen_from_the_output(write, tmp_path):

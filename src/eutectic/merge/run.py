@@ -17,8 +17,9 @@ from eutectic import record, registry
 from eutectic.checkpoint.aligned import aligned, vocabulary_tensors
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.chat import write_chat_template
-from eutectic.checkpoint.folder import copy_side_files, model_card, open_path, provenance
+from eutectic.checkpoint.folder import adapter_base, copy_side_files, model_card, open_path, provenance
 from eutectic.checkpoint.hashed import Hashed
+from eutectic.checkpoint.lora import open_lora
 from eutectic.checkpoint.peft import CONFIG_FILE, open_adapter
 from eutectic.checkpoint.publish import resumable
 from eutectic.checkpoint.save import Progress, save_tensors, silent, tensor_hashes, tensor_norms
@@ -81,9 +82,15 @@ def _fused(recipe: Recipe, folder: Path) -> Fused:
 
 
 def opened(recipe: Recipe, folder: Path) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
-    """The base and the experts that a recipe names by path."""
+    """The base and the experts that a recipe names by path; an adapter whose base is not here is one of the recipe's."""
     base = _open(recipe.base, folder) if recipe.base else None
-    return base, {name: _open(path, folder) for name, path in recipe.experts.items()}
+
+    def expert(path: Path) -> Checkpoint:
+        if base is not None and (path / CONFIG_FILE).exists() and adapter_base(path) is None:
+            return open_lora(path, base)
+        return open_path(path)
+
+    return base, {name: expert(_local(path, folder)) for name, path in recipe.experts.items()}
 
 
 def _spoken(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Composed:
