@@ -121,6 +121,35 @@ def _truncation(merged: Merged | Composed | Fused) -> str:
 
 
 @app.command()
+def extract(
+    base: Annotated[Path, typer.Argument(help="What EXPERT was fine-tuned from.")],
+    expert: Annotated[Path, typer.Argument(help="A full fine-tune.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    rank: Annotated[int | None, typer.Option(help="Of every matrix, at most.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="So many directions of each matrix as hold this share of its change, as a square.")
+    ] = None,
+    fan_in_fan_out: Annotated[bool, typer.Option("--fan-in-fan-out", help="Weights lie as GPT-2's do, inputs first.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an existing folder.")] = False,
+) -> None:
+    """Write what EXPERT changed in BASE as a LoRA adapter, a PEFT folder, and say what each rank leaves out."""
+    import os
+
+    from eutectic.checkpoint.folder import open_path
+    from eutectic.merge.extract import extract as extracted
+    from eutectic.merge.extract import save_extracted
+
+    start, end = open_path(base), open_path(expert)
+    with _bar() as progress:
+        found = extracted(start, end, rank=rank, energy=energy, fan_in_fan_out=fan_in_fan_out, progress=progress)
+    named = os.path.relpath(base.resolve(), out.resolve())
+    save_extracted(found, start, end, out, base_name=named, fan_in_fan_out=fan_in_fan_out, replace=force)
+    for at, error in found.errors.items():
+        print(f"rank {at:5}  leaves out {100 * error:6.2f} % of the matrices' change")
+    print(f"{out}: {len(found.ranks)} matrices; other tensors, which it has not, hold {100 * found.rest:.2g} % of ‖Δ‖²")
+
+
+@app.command()
 def fuse(
     recipe: RecipeFile,
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
