@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from eutectic.checkpoint.base import Checkpoint, Spread, Turn
 from eutectic.checkpoint.lora import Lora, require_fit
@@ -183,12 +184,16 @@ class Fused(Checkpoint):
             found = self._held.get(target)
             if found is None:
                 part = self._space.part(target, self.merged.read(target))
-                B, A, lost, whole = thinned(*part, self.rank_of(target))
+                left, right, lost, whole = thinned(part.M, self.rank_of(target))
                 self.losses[target] = Loss(lost, whole)
-                found = A.to(self._dtype), B.to(self._dtype)
+                found = self._filled(target, right @ part.Y @ part.A), self._filled(target, (part.B @ (part.X @ left)).T).T
                 kept = list(self._held.items())
                 self._held = dict(kept[max(0, len(kept) + 1 - HELD) :]) | {target: found}
             return found
+
+    def _filled(self, target: str, rows: Tensor) -> Tensor:
+        """In the result's dtype, with rows of zeros up to its rank."""
+        return F.pad(rows.to(self._dtype), (0, 0, 0, self.rank_of(target) - len(rows)))
 
     def grain(self, name: str) -> int:
         """A target's factors are computed as a whole."""

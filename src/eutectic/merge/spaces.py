@@ -16,11 +16,13 @@ SpaceName = Literal["core", "knots", "concat"]
 
 
 class Part(NamedTuple):
-    """A merged change as U M Vᵀ, with U ``[m, k]`` and the rows of Vh ``[l, n]`` orthonormal."""
+    """A merged change as (B X) M (Y A), with orthonormal columns in B X and orthonormal rows in Y A."""
 
-    U: Tensor
+    B: Tensor
+    X: Tensor
     M: Tensor
-    Vh: Tensor
+    Y: Tensor
+    A: Tensor
 
 
 @final
@@ -75,13 +77,23 @@ class Stack:
             raise NonFiniteError(f"expert {expert!r} ({origin}) holds a NaN or Inf in a factor of {name!r}; repair or drop it")
         return factor.double()
 
-    def factors(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
-        """All experts'."""
-        return [self.left(name, e) for e in self.adapters], [self.right(name, e) for e in self.adapters]
+    def lefts(self, name: str) -> Tensor:
+        """All experts' s·B side by side, ``[out, Σ r]``."""
+        return torch.cat([self.left(name, expert) for expert in self.adapters], 1)
+
+    def rights(self, name: str) -> Tensor:
+        """All experts' A on top of each other, ``[Σ r, in]``."""
+        return torch.cat([self.right(name, expert) for expert in self.adapters])
 
     def frame(self, name: str) -> Frame:
         """The bases that the experts share, and their coordinates."""
-        return frame(*self.factors(name))
+        return frame(self.lefts(name), self.rights(name), self.ranks(name))
+
+    def part(self, name: str, M: Tensor) -> Part:
+        """U M Vᵀ in the bases that the experts share."""
+        B, A = self.lefts(name), self.rights(name)
+        found = frame(B, A, self.ranks(name))
+        return Part(B, found.X, M, found.Y, A)
 
 
 class Space(Protocol):
@@ -130,8 +142,7 @@ class Core:
 
     def part(self, name: str, merged: Tensor) -> Part:
         """A merged change from its coordinates."""
-        found = self._stack.frame(name)
-        return Part(found.U, merged, found.V.T)
+        return self._stack.part(name, merged)
 
 
 @final
@@ -159,8 +170,8 @@ class Knots:
 
     def part(self, name: str, merged: Tensor) -> Part:
         """A merged change from its coordinates."""
-        Q, R = torch.linalg.qr(merged.T)
-        return Part(self._stack.frame(name).U, R.T, Q.T)
+        found, (Q, R) = self._stack.frame(name), torch.linalg.qr(merged.T)
+        return Part(self._stack.lefts(name), found.X, R.T, torch.eye(len(R)).double(), Q.T)
 
 
 @final
@@ -185,9 +196,8 @@ class Concat:
 
     def part(self, name: str, merged: Tensor) -> Part:
         """A merged change from its coordinates."""
-        lefts, rights = self._stack.factors(name)
-        (Q, R), (P, S) = torch.linalg.qr(torch.cat(lefts, 1) * merged), torch.linalg.qr(torch.cat(rights).T)
-        return Part(Q, R @ S.T, P.T)
+        found = self._stack.frame(name)
+        return self._stack.part(name, torch.cat(found.left_K, 1) * merged @ torch.cat(found.right_K))
 
 
 SPACES: dict[SpaceName, Callable[[Stack], Space]] = {"core": Core, "knots": Knots, "concat": Concat}
