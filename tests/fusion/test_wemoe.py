@@ -154,7 +154,7 @@ def test_the_gradients_of_merged_matrices_by_everything_are_right(monkeypatch):
 def test_only_routers_are_trained_and_what_they_are_fitted_to_falls(target):
     models, tasks = models_of("vit", torch.float32)
     before = eu.state_dict(models.base), [{k: t.clone() for k, t in eu.state_dict(e).items()} for e in models.experts.values()]
-    mixture = fused(models, tasks, target=target, steps=40, batch_size=4, lr=1e-2, hidden=2)
+    mixture = fused(models, tasks, target=target, steps=40, batch_size=4, lr=1e-2, hidden=2, start="scale")
     history = mixture.artefact.about["history"]
     assert [step for step, *_ in history] == [0, 20, 40]
     assert history[-1][2] < 0.98 * history[0][2]
@@ -169,7 +169,7 @@ def test_only_routers_are_trained_and_what_they_are_fitted_to_falls(target):
     first = next(name for name in mixture.artefact.about["layers"])
     assert {f"{first}.router.{at}.{key}" for at in (0, 2) for key in ("weight", "bias")} < trained
     assert len(trained) == 8
-    again = fused(models, tasks, target=target, steps=40, batch_size=4, lr=1e-2, hidden=2)
+    again = fused(models, tasks, target=target, steps=40, batch_size=4, lr=1e-2, hidden=2, start="scale")
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in state.items())
 
 
@@ -188,6 +188,37 @@ def test_routers_begin_at_the_scale_and_have_the_papers_size(hidden):
     assert not torch.equal(
         _mixing.router_begun(400, 8, 1, 0.3, 1, "block")[0].weight, _mixing.router_begun(400, 8, 1, 0.3, 0, "block")[0].weight
     )
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_routers_begin_where_they_tell_the_tasks_apart(kind):
+    models, tasks = models_of(kind)
+    tasks = tasks_of(kind, models.network(inputs_of(kind, 1)).shape[1], n=40)
+    begun = fused(models, tasks, hidden=1, lr=1e-12)
+    inputs = {task.name: task.arrays("adapt").inputs for task in tasks}
+    seen: dict[int, list[torch.Tensor]] = {}
+    hooks = [
+        g.register_forward_pre_hook(lambda m, args: seen.setdefault(id(m), []).append(args[0].mean(1)))
+        for g in gates(begun).values()
+    ]
+    with torch.no_grad():
+        for one in inputs.values():
+            begun(one)
+    for hook in hooks:
+        hook.remove()
+    wanted = torch.eye(2, dtype=torch.float64).repeat_interleave(40, 0)
+    for gate in gates(begun).values():
+        features = torch.cat(seen[id(gate)])
+        # the same regression, centred: the bias is free
+        x, y = features - features.mean(0), wanted - wanted.mean(0)
+        gram = features.T @ features
+        solution = torch.linalg.solve(x.T @ x + 0.01 * gram.diagonal().mean() * torch.eye(16).double(), x.T @ y)
+        torch.testing.assert_close(gate.router[0].weight, solution.T, rtol=1e-5, atol=1e-8)
+        c = gate.router(features)
+        torch.testing.assert_close(c.mean(0), torch.tensor([0.5, 0.5], dtype=torch.float64), rtol=0, atol=1e-8)
+        assert (c * wanted).sum(1).mean() > (c * (1 - wanted)).sum(1).mean() + 0.05
+    deep = fused(models, tasks, hidden=0)
+    assert all(torch.allclose(gate.router[0].bias, torch.tensor(0.3).double(), atol=2e-3) for gate in gates(deep).values())
 
 
 def test_the_network_is_the_base_and_each_experts_mlps_and_the_routers():

@@ -10,7 +10,7 @@ from pydantic import Field
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import LayoutError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
-from eutectic.fusion._mixing import MLP, Hidden, Target, fit_routers, outside, plan
+from eutectic.fusion._mixing import MLP, Hidden, Start, Target, fit_routers, outside, plan
 from eutectic.fusion._sparse import Sparse, packed_layer
 from eutectic.merge.compose import Joined
 from eutectic.methods._method import Count, Finite, Positive
@@ -26,6 +26,7 @@ def e_wemoe(
     density: Annotated[float, Field(gt=0, le=1)] = 0.1,
     hidden: Hidden = 2,
     target: Target = "experts",
+    start: Start = "tasks",
     scale: Finite = 0.3,
     steps: Count = 100,
     lr: Positive = 1e-3,
@@ -43,7 +44,9 @@ def e_wemoe(
         density: share of the entries that are kept: 1 − ρ in the paper.
         hidden: layers of the router: 2 as above, 1 for W h + b, 0 for b, which no input can change.
         target: what is fitted to: each task's expert's own outputs, or certainty, as in the paper.
-        scale: λ of the task vectors outside of MLPs, and of c at the beginning.
+        start: where routers begin: ``tasks`` at a closed form that tells the tasks' inputs apart, c near 1 for the own
+            expert and 0 for others; ``scale`` at c = ``scale`` for all, as in the paper.
+        scale: λ of the task vectors outside of MLPs, and of c at the beginning if that is ``scale``.
         steps: of Adam, at most; one batch of every task each.
         lr: Adam's.
         batch_size: of each task.
@@ -67,7 +70,7 @@ def e_wemoe(
             raise LayoutError(f"no expert differs from the base in {', '.join(layers)}, so there is nothing to route")
         return fit_routers(
             models, tasks, run, layers, build,
-            target=target, scale=scale, steps=steps, lr=lr, batch_size=batch_size, patience=patience,
+            target=target, start=start, scale=scale, steps=steps, lr=lr, batch_size=batch_size, patience=patience,
         )  # fmt: skip
 
     def build(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Checkpoint:

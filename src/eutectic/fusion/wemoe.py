@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import LayoutError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
-from eutectic.fusion._mixing import MLP, Hidden, Stacked, Target, fit_routers, outside, plan
+from eutectic.fusion._mixing import MLP, Hidden, Stacked, Start, Target, fit_routers, outside, plan
 from eutectic.fusion._routing import Description, named
 from eutectic.merge.compose import Joined
 from eutectic.methods._method import Count, Finite, Positive
@@ -19,6 +19,7 @@ REFERENCE = "Tang et al., Merging multi-task models via weight-ensembling mixtur
 def wemoe(
     hidden: Hidden = 2,
     target: Target = "experts",
+    start: Start = "tasks",
     scale: Finite = 0.3,
     steps: Count = 100,
     lr: Positive = 1e-3,
@@ -36,7 +37,9 @@ def wemoe(
     Args:
         hidden: layers of a router: 2 as above, 1 for W h + b, 0 for b, which no input can change.
         target: what is fitted to: each task's expert's own outputs, or certainty, as in the paper.
-        scale: λ of the task vectors outside of MLPs, and of c at the beginning.
+        start: where routers begin: ``tasks`` at a closed form that tells the tasks' inputs apart, c near 1 for the own
+            expert and 0 for others; ``scale`` at c = ``scale`` for all, as in the paper.
+        scale: λ of the task vectors outside of MLPs, and of c at the beginning if that is ``scale``.
         steps: of Adam, at most; one batch of every task each.
         lr: Adam's.
         batch_size: of each task.
@@ -57,7 +60,7 @@ def wemoe(
             raise LayoutError(f"no expert differs from the base in {', '.join(layers)}, so there is nothing to route")
         return fit_routers(
             models, tasks, run, layers, build,
-            target=target, scale=scale, steps=steps, lr=lr, batch_size=batch_size, patience=patience,
+            target=target, start=start, scale=scale, steps=steps, lr=lr, batch_size=batch_size, patience=patience,
         )  # fmt: skip
 
     def build(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Checkpoint:
