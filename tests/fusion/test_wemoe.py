@@ -10,7 +10,7 @@ from torch import nn
 import eutectic as eu
 from eutectic.checkpoint.base import Memory
 from eutectic.errors import CheckpointError, LayoutError, ParameterError
-from eutectic.fusion import _api, _routing, wemoe
+from eutectic.fusion import _api, _products, wemoe
 from eutectic.fusion._fusion import ModelSet
 from eutectic.fusion._routing import DenseExperts, LeadingExperts, Shared
 
@@ -81,7 +81,7 @@ def test_an_output_does_not_depend_on_what_else_is_in_the_batch(hidden, monkeypa
     torch.testing.assert_close(together.flip(0), mixture(inputs.flip(0)), rtol=0, atol=1e-12)
     found = routers(mixture)[0](torch.stack([inputs_of("vit", 2, seed=i).flatten()[:16] for i in range(4)]))
     assert found.std(0).min() > 0.05  # samples are told apart
-    monkeypatch.setattr(_routing, "CHUNK", 1000)
+    monkeypatch.setattr(_products, "TILE", 100)
     torch.testing.assert_close(mixture(inputs), together, rtol=0, atol=1e-12)
 
 
@@ -104,7 +104,7 @@ def test_merging_matrices_is_the_sum_of_the_experts_outputs_with_its_gradient(sh
             shift += 0 if d is None else own[i] * d[i]
         expected.append(sample @ weight.T + shift)
     for chunk in (1, 1 << 20):
-        monkeypatch.setattr(_routing, "CHUNK", chunk)
+        monkeypatch.setattr(_products, "TILE", chunk)
         found = layer(x)
         torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-12)
         G = torch.randn(found.shape, dtype=torch.float64)

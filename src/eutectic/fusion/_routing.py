@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eutectic.errors import LayoutError
-
-#: entries of the matrices that are merged at a time, one matrix for each sample
-CHUNK = 1 << 24
+from eutectic.fusion._products import per_sample
 
 
 def coefficients(scores: Tensor, top: int) -> Tensor:
@@ -104,24 +102,6 @@ class LeadingExperts(DenseExperts):
         found = self.router(input)
         self.shared.c = found.reshape(len(input), -1, found.shape[-1]).mean(1)
         return super().forward(input)
-
-
-def per_sample(x: Tensor, c: Tensor, weight: Tensor, deltas: Tensor) -> Tensor:
-    """(W₀ + Σᵢ cᵢDᵢ) x for each sample: ``[B, T, n]`` and coefficients ``[B, N]`` → ``[B, T, m]``.
-
-    Matrices are merged, a chunk of samples at a time, in one product: that costs as much as N tokens.  Of samples of one token
-    every expert's output is cheaper, and takes no memory.
-    """
-    if x.shape[1] == 1:
-        each = torch.matmul(x[None, :, 0], deltas.mT)  # [N, B, m]
-        return (F.linear(x[:, 0], weight) + torch.einsum("bk,kbm->bm", c, each))[:, None]
-    size = max(1, CHUNK // weight.numel())
-    return torch.cat(
-        [
-            torch.bmm(some, (weight.flatten() + own @ deltas.flatten(1)).view(-1, *weight.shape).mT)
-            for some, own in zip(x.split(size), c.split(size), strict=True)
-        ]
-    )
 
 
 def _frozen(tensor: Tensor, like: nn.Linear) -> nn.Parameter:
