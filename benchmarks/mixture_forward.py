@@ -49,8 +49,9 @@ def mixed(size: str, method: str) -> Any:
     import torch
 
     from eutectic.checkpoint.base import Memory
-    from eutectic.fusion import _mixing, _sparse
+    from eutectic.fusion import _mixing
     from eutectic.fusion._fusion import ModelSet
+    from eutectic.fusion._products import packed
     from eutectic.fusion._routing import linears, named, routed
 
     network = tower(size).eval()
@@ -77,9 +78,8 @@ def mixed(size: str, method: str) -> Any:
         if method == "wemoe":
             tensors[named(name, "deltas")] = deltas
         else:
-            packed = _sparse.packed(torch.stack([_sparse.pruned(delta, DENSITY) for delta in deltas]))
-            tensors |= {named(name, key): tensor for key, tensor in packed._asdict().items()}
-            layers[name] = {**layers[name], "entries": len(packed.gaps)}
+            tensors[named(name, "gaps")], tensors[named(name, "values")], counts = packed(deltas, DENSITY)
+            layers[name] = {**layers[name], "counts": list(counts)}
     tensors |= _mixing.routers_begun(models, layers, 0.3, 0)
     return routed(network, layers, Memory(tensors))
 

