@@ -24,25 +24,25 @@ REFERENCE = (
 
 def e_wemoe(
     density: Annotated[float, Field(gt=0, le=1)] = 0.1,
-    hidden: Hidden = 2,
+    hidden: Hidden = 1,
     target: Target = "experts",
     start: Start = "tasks",
     scale: Finite = 0.3,
-    steps: Count = 100,
-    lr: Positive = 1e-3,
+    steps: Count = 60,
+    lr: Positive = 1e-4,
     batch_size: Count = 8,
     patience: Count = 5,
     blocks: str = MLP,
 ) -> Fusion:
     """Merge pruned task vectors of the MLPs anew for each sample, by one router for all blocks; all else is task arithmetic.
 
-        θ(x) = θ₀ + Σₖ cₖ(x) prune(τₖ) in an MLP,     c(x) = mean over tokens t of  W₂ ReLU(W₁ h_t + b₁) + b₂
+        θ(x) = θ₀ + Σₖ cₖ(x) prune(τₖ) in an MLP,     c(x) = mean over tokens t of  W h_t + b
 
     where h is that MLP's input, and prune keeps the largest entries of each tensor.  See ``wemoe``.
 
     Args:
         density: share of the entries that are kept: 1 − ρ in the paper.
-        hidden: layers of the router: 2 as above, 1 for W h + b, 0 for b, which no input can change.
+        hidden: layers of the router: 1 as above, 2 for W₂ ReLU(W₁ h + b₁) + b₂, as in the paper, 0 for b.
         target: what is fitted to: each task's expert's own outputs, or certainty, as in the paper.
         start: where routers begin: ``tasks`` at a closed form that tells the tasks' inputs apart, c near 1 for the own
             expert and 0 for others; ``scale`` at c = ``scale`` for all, as in the paper.
@@ -53,8 +53,7 @@ def e_wemoe(
         patience: stop when what is fitted to was not better on inputs held out so many times in a row, each 20 steps.
         blocks: regular expression of the names of linear layers that become mixtures; its first group tells blocks apart.
 
-    The network grows by 5 K density bytes for each number of the MLPs, in float32, and one router of K + h (K + h + 1)
-    numbers.  Raises LayoutError for a network without such layers, or whose blocks differ in width.
+    The network grows by 5 K density bytes for each number of the MLPs, in float32, and one router of K (h + 1) numbers.  Raises LayoutError for a network without such layers, or whose blocks differ in width.
 
     Source: Shen et al., 2024, arXiv:2410.21804, section 4.  Differs from the paper as ``wemoe`` does, and in that what is
     pruned takes no memory.
