@@ -214,7 +214,7 @@ def test_routers_begin_where_they_tell_the_tasks_apart(kind):
 
 def test_the_network_is_the_base_and_each_experts_mlps_and_the_routers():
     models, tasks = models_of("vit")
-    mixture = fused(models, tasks)
+    mixture = fused(models, tasks, hidden=2)
     count = sum(p.numel() for p in models.network.parameters())
     inside = sum(p.numel() for name, p in models.network.named_parameters() if ".mlp." in name)
     assert sum(p.numel() for p in mixture.parameters()) == count + 2 * inside + 2 * (16**2 + 16 + 2 * 16 + 2)

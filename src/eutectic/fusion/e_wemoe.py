@@ -53,7 +53,8 @@ def e_wemoe(
         patience: stop when what is fitted to was not better on inputs held out so many times in a row, each 20 steps.
         blocks: regular expression of the names of linear layers that become mixtures; its first group tells blocks apart.
 
-    The network grows by 5 K density bytes for each number of the MLPs, in float32, and one router of K (h + 1) numbers.  Raises LayoutError for a network without such layers, or whose blocks differ in width.
+    The network grows by 5 K density bytes for each number of the MLPs, in float32, and one router of K (h + 1) numbers.
+    Raises LayoutError for a network without such layers, or whose blocks differ in width.
 
     Source: Shen et al., 2024, arXiv:2410.21804, section 4.  Differs from the paper as ``wemoe`` does, and in that what is
     pruned takes no memory.
