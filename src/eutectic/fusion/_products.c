@@ -32,31 +32,33 @@ enum {
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
 
-/* out[s] = w + Σᵢ c[s][i] dᵢ, each of n entries; dᵢ lie `stride` apart, out[s] `apart`. */
-INLINE void merge(const float *w, const float *d, int64_t stride, const float *const *c, int64_t experts, int64_t n, float *out,
-                  int64_t apart)
+/* out[s] = w + Σᵢ c[s][i] dᵢ of `some` samples, each of n entries; dᵢ lie `stride` apart, out[s] ROWS · STEP. */
+INLINE void merge(int some, const float *w, const float *d, int64_t stride, const float *const *c, int64_t experts, int64_t n,
+                  float *out)
 {
     int64_t k = 0;
     for (; k + 2 * LANES <= n; k += 2 * LANES) {
         vector a[SAMPLES], b[SAMPLES];
-        for (int s = 0; s < SAMPLES; s++) a[s] = *(const vector *)(w + k), b[s] = *(const vector *)(w + k + LANES);
+        for (int s = 0; s < some; s++) a[s] = *(const vector *)(w + k), b[s] = *(const vector *)(w + k + LANES);
         for (int64_t i = 0; i < experts; i++) {
             vector p = *(const vector *)(d + i * stride + k), q = *(const vector *)(d + i * stride + k + LANES);
-            for (int s = 0; s < SAMPLES; s++) a[s] += c[s][i] * p, b[s] += c[s][i] * q;
+            for (int s = 0; s < some; s++) a[s] += c[s][i] * p, b[s] += c[s][i] * q;
         }
-        for (int s = 0; s < SAMPLES; s++)
-            *(vector *)(out + s * apart + k) = a[s], *(vector *)(out + s * apart + k + LANES) = b[s];
+        for (int s = 0; s < some; s++) {
+            vector *to = (vector *)(out + s * ROWS * STEP + k);
+            to[0] = a[s], to[1] = b[s];
+        }
     }
     for (; k < n; k++)
-        for (int s = 0; s < SAMPLES; s++) {
+        for (int s = 0; s < some; s++) {
             float sum = w[k];
             for (int64_t i = 0; i < experts; i++) sum += c[s][i] * d[i * stride + k];
-            out[s * apart + k] = sum;
+            out[s * ROWS * STEP + k] = sum;
         }
 }
 
-/* y[r] = Σₖ w[r][k] x[k] for a panel, or that more than it was. */
-INLINE void multiply(const float (*w)[STEP], const float *x, int64_t n, float *y, int64_t rows, int more)
+/* y[t][r] = Σₖ w[r][k] x[k][t] for a panel, or that more than it was; tokens of y lie `m` apart. */
+INLINE void multiply(const float (*w)[STEP], const float *x, int64_t n, float *y, int64_t m, int64_t rows, int64_t tokens, int more)
 {
     vector sum[ROWS] = {0};
     for (int64_t k = 0; k < n; k++) {
@@ -64,49 +66,67 @@ INLINE void multiply(const float (*w)[STEP], const float *x, int64_t n, float *y
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) sum[r] += w[r][k] * v;
     }
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; r++)
-        if (r < rows) {
-            vector *to = (vector *)(y + r * LANES);
-            *to = more ? *to + sum[r] : sum[r];
-        }
+    float turned[LANES][ROWS];
+    for (int t = 0; t < LANES; t++)
+        for (int r = 0; r < ROWS; r++) turned[t][r] = sum[r][t];
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t r = 0; r < rows; r++) y[t * m + r] = more ? y[t * m + r] + turned[t][r] : turned[t][r];
 }
 
-/* y[b] = (W + Σᵢ c[b][i] Dᵢ) x[b] for each sample: x [samples, panels, n, 8], c [samples, experts], W [m, n], Dᵢ [m, n] that lie
- * `stride` apart, y [samples, panels, …, 8], whose panels lie `apart`. */
-WIDE EXPORT void eutectic_per_sample(const float *x, const float *c, const float *w, const float *d, int64_t stride, float *y,
-                                     int64_t apart, int64_t samples, int64_t panels, int64_t experts, int64_t m, int64_t n)
+/* Tokens [samples, tokens, n] into panels [samples, ⌈tokens / 8⌉, n, 8], the last filled with zeros. */
+WIDE EXPORT void eutectic_panels(const float *restrict x, int64_t samples, int64_t tokens, int64_t n, float *restrict out)
 {
+    for (int64_t b = 0; b < samples; b++, x += tokens * n)
+        for (int64_t t = 0; t < tokens; t += LANES, out += n * LANES)
+            for (int64_t k = 0; k < n; k++)
+                for (int64_t l = 0; l < LANES; l++) out[k * LANES + l] = t + l < tokens ? x[(t + l) * n + k] : 0;
+}
+
+/* y[b] = (W + Σᵢ c[b][i] Dᵢ) x[b] for each sample: x in panels, c [samples, experts], W [rows, n], y [samples, tokens, …] whose
+ * tokens lie `m` apart.  Dᵢ lie `stride` apart, their groups of ROWS rows `group`. */
+WIDE EXPORT void eutectic_per_sample(const float *x, const float *c, const float *w, const float *d, int64_t stride, int64_t group,
+                                     float *y, int64_t m, int64_t samples, int64_t tokens, int64_t experts, int64_t rows, int64_t n)
+{
+    int64_t panels = (tokens + LANES - 1) / LANES;
     float merged[SAMPLES][ROWS][STEP];
-    for (int64_t r = 0; r < ROWS; r++) /* rows past the last are multiplied, too, and forgotten */
-        for (int64_t k = 0; k < STEP; k++)
-            for (int s = 0; s < SAMPLES; s++) merged[s][r][k] = 0;
+    for (int s = 0; s < SAMPLES; s++) /* rows past the last are multiplied, too, and forgotten */
+        for (int64_t r = 0; r < ROWS; r++)
+            for (int64_t k = 0; k < STEP; k++) merged[s][r][k] = 0;
     for (int64_t k = 0; k < n; k += DEPTH) {
         int64_t depth = n - k < DEPTH ? n - k : DEPTH;
-        for (int64_t r = 0; r < m; r += ROWS) {
-            int64_t rows = m - r < ROWS ? m - r : ROWS;
+        for (int64_t r = 0; r < rows; r += ROWS) {
+            int64_t some = rows - r < ROWS ? rows - r : ROWS;
             for (int64_t b = 0; b < samples; b += SAMPLES) {
                 const float *own[SAMPLES]; /* samples past the last are merged as the last, and not multiplied */
                 for (int s = 0; s < SAMPLES; s++) own[s] = c + (b + s < samples ? b + s : samples - 1) * experts;
-                for (int64_t i = 0; i < rows; i++) {
-                    int64_t at = (r + i) * n + k;
-                    merge(w + at, d + at, stride, own, experts, depth, merged[0][i], ROWS * STEP);
+                for (int64_t i = 0; i < some; i++) {
+                    const float *from = w + (r + i) * n + k, *change = d + r / ROWS * group + i * n + k;
+                    if (samples > 1) merge(SAMPLES, from, change, stride, own, experts, depth, merged[0][i]);
+                    else merge(1, from, change, stride, own, experts, depth, merged[0][i]);
                 }
                 for (int s = 0; s < SAMPLES && b + s < samples; s++)
-                    for (int64_t p = (b + s) * panels; p < (b + s + 1) * panels; p++)
-                        multiply(merged[s], x + (p * n + k) * LANES, depth, y + p * apart + r * LANES, rows, k > 0);
+                    for (int64_t p = 0; p < panels; p++) {
+                        int64_t t = p * LANES, left = tokens - t < LANES ? tokens - t : LANES;
+                        const float *from = x + (((b + s) * panels + p) * n + k) * LANES;
+                        multiply(merged[s], from, depth, y + ((b + s) * tokens + t) * m + r, m, some, left, k > 0);
+                    }
             }
         }
     }
 }
 
-/* out += c[0] D₀ + c[1] D₁ …, each of `size` entries: values, and how far each lies behind the one before. */
-EXPORT void eutectic_scatter(const uint8_t *gaps, const float *values, int64_t n, const float *c, int64_t size, float *out)
+/* out[g] += Σᵢ c[i] D[g][i] for groups g of `size` entries: values, and how far each lies behind the one before. */
+EXPORT void eutectic_scatter(const uint8_t *restrict gaps, const float *restrict values, int64_t n, const float *restrict c,
+                             int64_t experts, int64_t size, float *restrict out)
 {
-    int64_t at = 0;
-    for (int64_t i = 0; i < n; i++) {
-        for (at += gaps[i]; at >= size; at -= size) c++;
-        out[at] += *c * values[i];
+    int64_t at = 0, i = 0;
+    float factor = c[0];
+    for (int64_t e = 0; e < n; e++) {
+        for (at += gaps[e]; at >= size; at -= size) {
+            if (++i == experts) i = 0, out += size;
+            factor = c[i];
+        }
+        out[at] += factor * values[e];
     }
 }
 

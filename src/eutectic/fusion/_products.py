@@ -13,6 +13,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
@@ -22,8 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-#: entries of a matrix that are merged at a time, about; rows and tokens that the compiled loops take at once.  The first two
-#: are a part of the format in which sparse experts are saved.
+#: entries of a matrix that are merged at a time, about; rows and tokens that the compiled loops take at once
 TILE, ROWS, LANES = 1 << 17, 12, 8
 #: for so many samples each merges sparse experts for itself; for more, the experts are unpacked once
 FEW = 2
@@ -35,8 +35,9 @@ def _load() -> ctypes.CDLL | None:
         return None
     library = ctypes.CDLL(found.origin)
     at, count = ctypes.c_void_p, ctypes.c_int64
-    library.eutectic_per_sample.argtypes = [at, at, at, at, count, at, *[count] * 6]
-    library.eutectic_scatter.argtypes = [at, at, count, at, count, at]
+    library.eutectic_panels.argtypes = [at, count, count, count, at]
+    library.eutectic_per_sample.argtypes = [at, at, at, at, count, count, at, *[count] * 6]
+    library.eutectic_scatter.argtypes = [at, at, count, at, count, count, at]
     return library
 
 
@@ -61,8 +62,9 @@ def sparse_per_sample(x: Tensor, c: Tensor, weight: Tensor, gaps: Tensor, values
 def packed(deltas: Tensor, density: float) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """The entries of D ``[N, m, n]`` above the (1 − density)-quantile of their expert's magnitudes: gaps, values, counts.
 
-    An entry takes a value and one byte: how far it lies behind the one before, in the order of ``tiles`` and in these of
-    experts, rows and columns.  Where that is more than 255, zeros lie between.  ``counts`` are the entries of each tile.
+    An entry takes a value and one byte: how far it lies behind the one before, in the order of ``tiles``, in these of groups of
+    ``ROWS`` rows, and in these of experts, rows and columns.  Where that is more than 255, zeros lie between.  ``counts`` are
+    the entries of each tile.
 
     Strictly above, and so none of a matrix of equal magnitudes, as in E-WEMoE (Shen et al., 2024, arXiv:2410.21804); with
     density 1 all that are not 0.
@@ -74,13 +76,14 @@ def packed(deltas: Tensor, density: float) -> tuple[Tensor, Tensor, tuple[int, .
         size = size * (size > least[:, None, None])
     gaps, values, counts = list[Tensor](), list[Tensor](), list[int]()
     for rows in tiles(deltas.shape[1:]):
-        at = size[:, rows].flatten().nonzero()[:, 0]
+        tile = _grouped(deltas[:, rows]).flatten()
+        at = _grouped(size[:, rows]).flatten().nonzero()[:, 0]
         gap = at.diff(prepend=at.new_zeros(1))
         between = (gap - 1).clamp_min(0) // 255
         place, total = torch.arange(len(at), device=at.device) + between.cumsum(0), len(at) + int(between.sum())
         gap = (gap - 255 * between).byte()
         gaps.append(gap.new_full((total,), 255).index_copy(0, place, gap))
-        values.append(deltas.new_zeros(total).index_copy(0, place, deltas[:, rows].flatten()[at]))
+        values.append(deltas.new_zeros(total).index_copy(0, place, tile[at]))
         counts.append(total)
     return torch.cat(gaps), torch.cat(values), tuple(counts)
 
@@ -92,13 +95,32 @@ def tiles(shape: Sequence[int]) -> list[slice]:
     return [slice(start, min(start + step, m)) for start in range(0, m, step)]
 
 
+def _grouped(deltas: Tensor) -> Tensor:
+    """``[N, rows, n]`` → ``[groups, N, ROWS, n]``, filled up with zeros."""
+    return F.pad(deltas, (0, 0, 0, -deltas.shape[1] % ROWS)).unflatten(1, (-1, ROWS)).transpose(0, 1)
+
+
+class _Part(NamedTuple):
+    """What is to be merged for some samples: W ``[rows, n]``, and the D of N experts, or of none where that is done.
+
+    Two experts lie ``stride`` entries apart, and two groups of ``ROWS`` rows ``group``.
+    """
+
+    samples: slice
+    weight: Tensor
+    deltas: Tensor
+    experts: int
+    stride: int
+    group: int
+
+
 class _Experts(Protocol):
     def read(self, tile: int, rows: slice, weight: Tensor) -> Tensor:
         """Their entries in these rows, ``[N, rows · n]``."""
         ...
 
-    def parts(self, tile: int, rows: slice, c: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Samples, and what remains to be merged for them: W ``[rows, n]`` and the c of them with D ``[N or 0, rows · n]``."""
+    def parts(self, tile: int, rows: slice, c: Tensor, weight: Tensor) -> Iterator[_Part]:
+        """For all samples, or for one after the other."""
         ...
 
 
@@ -109,8 +131,9 @@ class _Dense(NamedTuple):
         n = weight.shape[1]
         return self.flat[:, rows.start * n : rows.stop * n]
 
-    def parts(self, tile: int, rows: slice, c: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        yield slice(len(c)), weight[rows], self.read(tile, rows, weight)
+    def parts(self, tile: int, rows: slice, c: Tensor, weight: Tensor) -> Iterator[_Part]:
+        D = self.read(tile, rows, weight)
+        yield _Part(slice(len(c)), weight[rows], D, len(D), D.stride(0), ROWS * weight.shape[1])
 
 
 class _Sparse(NamedTuple):
@@ -119,26 +142,31 @@ class _Sparse(NamedTuple):
     experts: int
 
     def read(self, tile: int, rows: slice, weight: Tensor) -> Tensor:
-        found = weight.new_zeros(self.experts * weight[rows].numel())
-        if _loops_take(found):
-            self._add(tile, found.new_ones(1), found)
-        else:
-            found = found.scatter(0, self.gaps[tile].cumsum(0, dtype=torch.int64), self.values[tile])
-        return found.view(self.experts, -1)
+        some = weight[rows]
+        return self._groups(tile, some).transpose(0, 1).flatten(1)[:, : some.numel()]
 
-    def parts(self, tile: int, rows: slice, c: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def parts(self, tile: int, rows: slice, c: Tensor, weight: Tensor) -> Iterator[_Part]:
         if len(c) > FEW:
-            yield slice(len(c)), weight[rows], self.read(tile, rows, weight)
+            D = self._groups(tile, weight[rows])
+            yield _Part(slice(len(c)), weight[rows], D, self.experts, D.stride(1), D.stride(0))
             return
         for b, own in enumerate(c):
             merged = weight[rows].clone()
-            self._add(tile, own, merged)
-            yield slice(b, b + 1), merged, merged.new_empty(0, merged.numel())
+            self._add(tile, own, ROWS * weight.shape[1], merged)
+            yield _Part(slice(b, b + 1), merged, merged, 0, 0, 0)
 
-    def _add(self, tile: int, c: Tensor, out: Tensor) -> None:
-        """``out += Σ cᵢDᵢ``, where Dᵢ begins i times as far into the tile as ``out`` is large."""
+    def _groups(self, tile: int, weight: Tensor) -> Tensor:
+        found = weight.new_zeros(-(-len(weight) // ROWS), self.experts, ROWS * weight.shape[1])
+        if _loops_take(found):
+            self._add(tile, found.new_ones(1), found.numel(), found)
+            return found
+        return found.flatten().scatter(0, self.gaps[tile].cumsum(0, dtype=torch.int64), self.values[tile]).view_as(found)
+
+    def _add(self, tile: int, c: Tensor, size: int, out: Tensor) -> None:
         gaps, values = self.gaps[tile], self.values[tile]
-        _library().eutectic_scatter(gaps.data_ptr(), values.data_ptr(), len(gaps), c.data_ptr(), out.numel(), out.data_ptr())
+        _library().eutectic_scatter(
+            gaps.data_ptr(), values.data_ptr(), len(gaps), c.data_ptr(), len(c), size, out.data_ptr()
+        )
 
 
 def _product(x: Tensor, c: Tensor, weight: Tensor, experts: _Experts) -> Tensor:
@@ -162,8 +190,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        (G,) = grad_outputs
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        (G,) = gradients
         x, c, weight = ctx.saved_tensors
         by_x, by_c, by_weight = torch.zeros_like(x), torch.zeros_like(c), list[Tensor]()
         for tile, rows in enumerate(tiles(weight.shape)):
@@ -200,22 +228,26 @@ def _loops_take(x: Tensor) -> bool:
 
 def _loops(x: Tensor, c: Tensor, weight: Tensor, experts: _Experts) -> Tensor:
     """The compiled loops; as many of them at a time as torch has threads."""
-    (B, T, n), m, panels = x.shape, len(weight), -(-x.shape[1] // LANES)
-    by_panel = F.pad(x, (0, 0, 0, panels * LANES - T)).view(B, panels, LANES, n).mT.contiguous()
-    y = x.new_empty(B, panels, m, LANES)
+    (B, T, n), m = x.shape, len(weight)
+    panels, y = x.new_empty(B, -(-T // LANES), n, LANES), x.new_empty(B, T, m)
 
-    def run(tile: int, rows: slice) -> None:
-        for some, W, D in experts.parts(tile, rows, c, weight):
-            own, out = c[some], y[some, :, rows]
+    def turn(some: tuple[Tensor, Tensor]) -> None:
+        part = some[0].contiguous()
+        _library().eutectic_panels(part.data_ptr(), len(part), T, n, some[1].data_ptr())
+
+    def run(tile: tuple[int, slice]) -> None:
+        for some, W, D, N, stride, group in experts.parts(*tile, c, weight):
+            own, out = c[some], y[some, :, tile[1]]
             _library().eutectic_per_sample(
-                *(by_panel[some].data_ptr(), own.data_ptr(), W.data_ptr(), D.data_ptr(), D.stride(0), out.data_ptr()),
-                *(out.stride(1), len(own), panels, len(D), len(W), n),
+                *(panels[some].data_ptr(), own.data_ptr(), W.data_ptr(), D.data_ptr(), stride, group),
+                *(out.data_ptr(), m, len(own), T, N, len(W), n),
             )
 
-    spread = map if torch.get_num_threads() == 1 else _threads(torch.get_num_threads()).map
-    for _ in spread(run, *zip(*enumerate(tiles(weight.shape)), strict=True)):
-        pass
-    return y.mT.reshape(B, panels * LANES, m)[:, :T]
+    threads = torch.get_num_threads()
+    spread = map if threads == 1 else _threads(threads).map
+    deque(spread(turn, zip(x.chunk(threads), panels.chunk(threads), strict=True)), maxlen=0)
+    deque(spread(run, enumerate(tiles(weight.shape))), maxlen=0)
+    return y
 
 
 @functools.cache
