@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from eutectic.checkpoint.base import Checkpoint, Spread, Turn
 from eutectic.checkpoint.lora import Lora, require_fit
@@ -40,7 +39,7 @@ class Coordinates(Checkpoint):
     @functools.cached_property
     def specs(self) -> Layout:
         """The space's shapes, in float64."""
-        return {name: TensorSpec(shape, torch.float64) for name, shape in self._space.shapes.items()}
+        return {name: TensorSpec(self._space.shape(name), torch.float64) for name in self._space.frames}
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         if self._expert is None:
@@ -160,7 +159,7 @@ class Fused(Checkpoint):
     @property
     def targets(self) -> list[str]:
         """The base's weights that are adapted."""
-        return list(self._space.shapes)
+        return list(self._space.frames)
 
     def rank_of(self, name: str) -> int:
         """The rank that a target has in the result."""
@@ -186,14 +185,10 @@ class Fused(Checkpoint):
                 part = self._space.part(target, self.merged.read(target))
                 left, right, lost, whole = thinned(part.M, self.rank_of(target))
                 self.losses[target] = Loss(lost, whole)
-                found = self._filled(target, right @ part.Y @ part.A), self._filled(target, (part.B @ (part.X @ left)).T).T
+                found = (right @ part.Y @ part.A).to(self._dtype), (part.B @ (part.X @ left)).to(self._dtype)
                 kept = list(self._held.items())
                 self._held = dict(kept[max(0, len(kept) + 1 - HELD) :]) | {target: found}
             return found
-
-    def _filled(self, target: str, rows: Tensor) -> Tensor:
-        """In the result's dtype, with rows of zeros up to its rank."""
-        return F.pad(rows.to(self._dtype), (0, 0, 0, self.rank_of(target) - len(rows)))
 
     def grain(self, name: str) -> int:
         """A target's factors are computed as a whole."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, Protocol, final
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class Stack:
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         """Raises LayoutError if two adapters have a target in different shapes, or none has any."""
-        self.adapters = dict(adapters)
+        self.adapters, self.experts = dict(adapters), list(adapters)
         self.shapes: dict[str, tuple[int, int]] = {}
         self.first: dict[str, str] = {}
         for expert, adapter in adapters.items():
@@ -89,115 +90,93 @@ class Stack:
         """The bases that the experts share, and their coordinates."""
         return frame(self.lefts(name), self.rights(name), self.ranks(name))
 
-    def part(self, name: str, M: Tensor) -> Part:
-        """U M Vᵀ in the bases that the experts share."""
-        B, A = self.lefts(name), self.rights(name)
-        found = frame(B, A, self.ranks(name))
-        return Part(B, found.X, M, found.Y, A)
 
+class Space(ABC):
+    """Coordinates of every target's changes, all of a target in one shape, and the way back.
 
-class Space(Protocol):
-    """Coordinates of every target's changes, all of a target in one shape, and the way back."""
+    The shared bases are found at once, which reads the factors; what is kept of them is small.
+    """
 
-    shapes: dict[str, tuple[int, ...]]
+    def __init__(self, stack: Stack) -> None:
+        """Raises NonFiniteError for a factor that is not finite."""
+        self.stack = stack
+        self.frames = {name: stack.frame(name) for name in stack.shapes}
 
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a target's coordinates."""
+
+    @abstractmethod
     def coordinates(self, name: str, expert: str) -> Tensor:
         """Of one expert's change, in float64."""
-        ...
+
+    @abstractmethod
+    def part(self, name: str, merged: Tensor) -> Part:
+        """A merged change from its coordinates."""
 
     def rank(self, name: str) -> int:
         """The most that a merged change may have."""
-        ...
-
-    def part(self, name: str, merged: Tensor) -> Part:
-        """A merged change from its coordinates."""
-        ...
+        return min(self.frames[name].X.shape[1], self.frames[name].Y.shape[0])
 
 
 @final
-class Core:
+class Core(Space):
     """Mᵢ = Uᵀ ΔWᵢ V, at most Σ rᵢ × Σ rᵢ."""
 
-    def __init__(self, stack: Stack) -> None:
-        """Find the bases of every target; what is kept of them is small."""
-        self._stack = stack
-        frames = {name: stack.frame(name)[2:] for name in stack.shapes}
-        self._small = {
-            (name, expert): (left, right)
-            for name, (left_K, right_K) in frames.items()
-            for expert, left, right in zip(stack.adapters, left_K, right_K, strict=True)
-        }
-        self.shapes: dict[str, tuple[int, ...]] = {
-            name: (left_K[0].shape[0], right_K[0].shape[1]) for name, (left_K, right_K) in frames.items()
-        }
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The ranks of the experts' changes side by side, and on top of each other."""
+        return self.frames[name].X.shape[1], self.frames[name].Y.shape[0]
 
     def coordinates(self, name: str, expert: str) -> Tensor:
-        """Of one expert's change, in float64."""
-        left, right = self._small[name, expert]
-        return left @ right
-
-    def rank(self, name: str) -> int:
-        """The most that a merged change may have."""
-        return min(self.shapes[name])
+        """Mᵢ."""
+        found, position = self.frames[name], self.stack.experts.index(expert)
+        return found.left_K[position] @ found.right_K[position]
 
     def part(self, name: str, merged: Tensor) -> Part:
-        """A merged change from its coordinates."""
-        return self._stack.part(name, merged)
+        """U M Vᵀ."""
+        return Part(self.stack.lefts(name), self.frames[name].X, merged, self.frames[name].Y, self.stack.rights(name))
 
 
 @final
-class Knots:
+class Knots(Space):
     """Pᵢ = Uᵀ ΔWᵢ, at most Σ rᵢ × n: the columns Σ Vᵢᵀ of KnOTS' decomposition of [ΔW₁ … ΔW_T]."""
 
-    def __init__(self, stack: Stack) -> None:
-        """Find the basis of every target; what is kept of it is small."""
-        self._stack = stack
-        lefts = {name: stack.frame(name).left_K for name in stack.shapes}
-        self._small = {
-            (name, expert): left for name, left_K in lefts.items() for expert, left in zip(stack.adapters, left_K, strict=True)
-        }
-        self.shapes: dict[str, tuple[int, ...]] = {
-            name: (left_K[0].shape[0], stack.shapes[name][1]) for name, left_K in lefts.items()
-        }
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The rank of the experts' changes side by side, and the inputs."""
+        return self.frames[name].X.shape[1], self.stack.shapes[name][1]
 
     def coordinates(self, name: str, expert: str) -> Tensor:
-        """Of one expert's change, in float64."""
-        return self._small[name, expert] @ self._stack.right(name, expert)
-
-    def rank(self, name: str) -> int:
-        """The most that a merged change may have."""
-        return min(self.shapes[name])
+        """Pᵢ."""
+        return self.frames[name].left_K[self.stack.experts.index(expert)] @ self.stack.right(name, expert)
 
     def part(self, name: str, merged: Tensor) -> Part:
-        """A merged change from its coordinates."""
-        found, (Q, R) = self._stack.frame(name), torch.linalg.qr(merged.T)
-        return Part(self._stack.lefts(name), found.X, R.T, torch.eye(len(R)).double(), Q.T)
+        """U P."""
+        Q, R = torch.linalg.qr(merged.T)
+        return Part(self.stack.lefts(name), self.frames[name].X, R.T, torch.eye(len(R)).double(), Q.T)
+
+    def rank(self, name: str) -> int:
+        """That of the experts' changes side by side: an election leaves V's space."""
+        return min(self.shape(name))
 
 
 @final
-class Concat:
+class Concat(Space):
     """The factors side by side, [w₁s₁B₁ … w_T s_T B_T] [A₁; …; A_T]; the coordinates are which columns are an expert's."""
 
-    def __init__(self, stack: Stack) -> None:
-        """Read nothing."""
-        self._stack = stack
-        self.shapes: dict[str, tuple[int, ...]] = {name: (sum(stack.ranks(name)),) for name in stack.shapes}
+    def shape(self, name: str) -> tuple[int, ...]:
+        """One number a column."""
+        return (sum(self.stack.ranks(name)),)
 
     def coordinates(self, name: str, expert: str) -> Tensor:
-        """Of one expert's change, in float64."""
-        ones = [
-            torch.full((r,), float(e == expert)) for e, r in zip(self._stack.adapters, self._stack.ranks(name), strict=True)
-        ]
-        return torch.cat(ones).double()
-
-    def rank(self, name: str) -> int:
-        """Columns of the concatenation, which may be more than the matrix has."""
-        return min(*self._stack.shapes[name], *self.shapes[name])
+        """1 for the expert's columns, 0 for others."""
+        own = [float(other == expert) for other in self.stack.experts]
+        return torch.tensor(own).double().repeat_interleave(torch.tensor(self.stack.ranks(name)))
 
     def part(self, name: str, merged: Tensor) -> Part:
-        """A merged change from its coordinates."""
-        found = self._stack.frame(name)
-        return self._stack.part(name, torch.cat(found.left_K, 1) * merged @ torch.cat(found.right_K))
+        """B diag(w) A."""
+        found = self.frames[name]
+        M = torch.cat(found.left_K, 1) * merged @ torch.cat(found.right_K)
+        return Part(self.stack.lefts(name), found.X, M, found.Y, self.stack.rights(name))
 
 
-SPACES: dict[SpaceName, Callable[[Stack], Space]] = {"core": Core, "knots": Knots, "concat": Concat}
+SPACES: dict[SpaceName, type[Space]] = {"core": Core, "knots": Knots, "concat": Concat}
