@@ -255,8 +255,16 @@ def test_bad_input_is_refused_by_name(three, write):
     with pytest.raises(EutecticError, match="'n'.*holds a NaN or Inf in a factor of 'layers.0.v.weight'"):
         Fused("ties", opened({"a": three["a"], "n": write("n", nan)}))
     other = {"layers.0.q": (torch.ones(20, 2), torch.ones(2, 11))}
-    with pytest.raises(EutecticError, match="'o'.*'layers.0.q.weight' with 20 outputs and 11 inputs.*no adapters of one base"):
+    with pytest.raises(
+        EutecticError, match="'o'.*'layers.0.q.weight' with 20 outputs and 11 inputs, 'a'.*no adapters of one base"
+    ):
         Fused("ties", opened({"a": three["a"], "o": write("o", other)}))
+    turned = write("t", factors(2), fan_in_fan_out=True)
+    with pytest.raises(EutecticError, match="'t'.*inputs, transposed, 'a' has it with 20 outputs and 12 inputs:"):
+        Fused("ties", opened({"a": three["a"], "t": turned}))
+    whole = write("w", factors(2, modules=["layers.0.v"]), {"base_model.model.layers.0.q.weight": torch.ones(20, 12)})
+    with pytest.raises(EutecticError, match="'w' replaces 'layers.0.q.weight' as a whole, and 'a' has LoRA factors of it"):
+        Fused("ties", opened({"a": three["a"], "w": whole}), base=Memory(BASE, "base"))
     dora = {"base_model.model.layers.0.q.lora_magnitude_vector": torch.ones(20)}
     with pytest.raises(EutecticError, match="'d'.*is DoRA.*dense model"):
         Fused("ties", opened({"d": write("d", factors(1, modules=["layers.0.q"]), dora, use_dora=True)}))

@@ -45,14 +45,19 @@ class Stack:
                         f"expert {expert!r} ({adapter.origin}) is DoRA, whose change of {name!r} has no low rank: merge into a "
                         "dense model (leave out `output: adapter`)"
                     )
-                shape, other = adapter.shape(name), self.first.setdefault(name, expert)
-                found = self.shapes.setdefault(name, shape)
-                if found != shape or adapters[other].targets[name].turned != target.turned:
+                other = self.first.setdefault(name, expert)
+                self.shapes.setdefault(name, adapter.shape(name))
+                if (mine := _described(adapter, name)) != (its := _described(adapters[other], name)):
                     raise LayoutError(
-                        f"expert {expert!r} ({adapter.origin}) has {name!r} with {shape[0]} outputs and {shape[1]} inputs, "
-                        f"{other!r} has it with {found[0]} and {found[1]}: they are no adapters of one base"
+                        f"expert {expert!r} ({adapter.origin}) has {name!r} with {mine}, {other!r} has it with {its}: "
+                        "they are no adapters of one base"
                     )
-
+        for expert, adapter in adapters.items():
+            for name in adapter.replaced.keys() & self.shapes.keys():
+                raise LayoutError(
+                    f"expert {expert!r} replaces {name!r} as a whole, and {self.first[name]!r} has LoRA factors of it: merge "
+                    "them into a dense model (leave out `output: adapter`)"
+                )
         if not self.shapes:
             raise LayoutError("no adapter was given that has LoRA factors; name at least one")
 
@@ -89,6 +94,14 @@ class Stack:
     def frame(self, name: str) -> Frame:
         """The bases that the experts share, and their coordinates."""
         return frame(self.lefts(name), self.rights(name), self.ranks(name))
+
+
+def _described(adapter: Adapter, name: str) -> str:
+    """A target's shape in words, which differ where two adapters cannot be of one weight."""
+    outputs, inputs = adapter.shape(name)
+    window = adapter.file.specs[adapter.targets[name].a].shape[2:]
+    lies = ", transposed" if adapter.targets[name].turned else f", windows of {list(window)}" if window else ""
+    return f"{outputs} outputs and {inputs} inputs{lies}"
 
 
 class Space(ABC):
