@@ -265,10 +265,10 @@ def peer_child(size: str, method: str, experts: int, steps: int, threads: int, f
 # ── the table ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def measured(python: str, kind: str, arguments: list[object], threads: int) -> dict[str, Any]:
+def measured(python: str, kind: str, arguments: list[object], threads: int, script: str = __file__) -> dict[str, Any]:
     """What a child says in its last line."""
     settings = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [python, __file__, kind, *map(str, arguments)]
+    command = [python, script, kind, *map(str, arguments)]
     process = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
     lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
     if process.returncode or not lines:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from eutectic.fusion._folder import save as save
     from eutectic.merge.api import diff as diff
     from eutectic.merge.api import merge as merge
+    from eutectic.merge.api import merge_adapters as merge_adapters
     from eutectic.merge.api import open as open
     from eutectic.merge.api import state_dict as state_dict
     from eutectic.merge.recipe import Recipe as Recipe
@@ -35,6 +36,7 @@ _HOMES = {
     "fuse": "fusion._api",
     "load": "fusion._folder",
     "merge": "merge.api",
+    "merge_adapters": "merge.api",
     "open": "merge.api",
     "open_suite": "bench.zoo",
     "save": "fusion._folder",

@@ -20,6 +20,7 @@ from eutectic.errors import EutecticError, StoppedError
 
 if TYPE_CHECKING:
     from eutectic.bench.evaluate import Choice
+    from eutectic.merge.adapters import Fused
     from eutectic.merge.compose import Composed
     from eutectic.merge.recipe import AnyRecipe
     from eutectic.merge.view import Merged
@@ -107,7 +108,46 @@ def merge(
         )
     for note in merged.mixture.found if isinstance(merged, Composed) and merged.mixture else ():
         print(f"note: {note}", file=sys.stderr)
-    print(f"{out}: {merged.method} of {len(merged.experts)} expert(s)")
+    print(f"{out}: {merged.method} of {len(merged.experts)} expert(s){_truncation(merged)}")
+
+
+def _truncation(merged: Merged | Composed | Fused) -> str:
+    from eutectic.merge.adapters import Fused
+
+    if not isinstance(merged, Fused):
+        return ""
+    ranks = sorted({merged.rank_of(name) for name in merged.targets})
+    said = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return f"; rank {said}, which leaves out {100 * merged.error:.2g} % of the merged change"
+
+
+@app.command()
+def extract(
+    base: Annotated[Path, typer.Argument(help="What EXPERT was fine-tuned from.")],
+    expert: Annotated[Path, typer.Argument(help="A full fine-tune.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    rank: Annotated[int | None, typer.Option(help="Of every matrix, at most.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="So many directions of each matrix as hold this share of its change, as a square.")
+    ] = None,
+    fan_in_fan_out: Annotated[bool, typer.Option("--fan-in-fan-out", help="Weights lie as GPT-2's do, inputs first.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an existing folder.")] = False,
+) -> None:
+    """Write what EXPERT changed in BASE as a LoRA adapter, a PEFT folder, and say what each rank leaves out."""
+    import os
+
+    from eutectic.checkpoint.folder import open_path
+    from eutectic.merge.extract import extract as extracted
+    from eutectic.merge.extract import save_extracted
+
+    start, end = open_path(base), open_path(expert)
+    with _bar() as progress:
+        found = extracted(start, end, rank=rank, energy=energy, fan_in_fan_out=fan_in_fan_out, progress=progress)
+    named = os.path.relpath(base.resolve(), out.resolve())
+    save_extracted(found, start, end, out, base_name=named, fan_in_fan_out=fan_in_fan_out, replace=force)
+    for at, error in found.errors.items():
+        print(f"rank {at:5}  leaves out {100 * error:6.2f} % of the matrices' change")
+    print(f"{out}: {len(found.ranks)} matrices; other tensors, which it has not, hold {100 * found.rest:.2g} % of ‖Δ‖²")
 
 
 @app.command()
@@ -390,7 +430,7 @@ def zoo_build(
     print(f"{target}: {len(spec.tasks)} experts")
 
 
-def _open_recipe(path: Path, compat: Compat | None = None) -> tuple[AnyRecipe, Merged | Composed]:
+def _open_recipe(path: Path, compat: Compat | None = None) -> tuple[AnyRecipe, Merged | Composed | Fused]:
     from eutectic.bench import fusing
     from eutectic.bench.evaluate import suite_recipe
     from eutectic.merge.recipe import Recipe, load

@@ -179,8 +179,8 @@ def test_an_adapter_of_transposed_weights(tmp_path, base):
 
 def test_an_adapter_with_a_nan_is_refused_by_name(tmp_path, base):
     lora = adapter(tmp_path / "l", base)
-    sick = Memory({name: torch.full(spec.shape, torch.nan) for name, spec in lora._adapter.specs.items()}, "<sick>")
-    lora._adapter = sick
+    sick = Memory({name: torch.full(spec.shape, torch.nan) for name, spec in lora._adapter.file.specs.items()}, "<sick>")
+    lora._adapter.file = sick
     with pytest.raises(NonFiniteError, match=r"expert 'l' .*'a\.weight'"):
         change(base, "l", lora, "a.weight", 8)
 

@@ -45,14 +45,14 @@ class Batches:
         if batch_size % world():
             raise ParameterError(f"batch_size = {batch_size} is not a multiple of the {world()} processes")
         self._arrays: dict[str, Arrays] = {}
-        self._learn: dict[str, Tensor] = {}
+        self.learn: dict[str, Tensor] = {}
         self.held_out: dict[str, Tensor] = {}
         self._epochs: dict[str, tuple[int, Tensor]] = {}
         for task in tasks:
             arrays = run.arrays(task)
             order = self._order(task, -1, len(arrays))
             held = min(len(arrays) // 4, HELD_OUT)
-            self._arrays[task.name], self.held_out[task.name], self._learn[task.name] = arrays, order[:held], order[held:]
+            self._arrays[task.name], self.held_out[task.name], self.learn[task.name] = arrays, order[:held], order[held:]
 
     def inputs(self, task: Task, index: Tensor) -> Tensor:
         """The inputs at ``index``."""
@@ -60,7 +60,7 @@ class Batches:
 
     def index(self, task: Task, step: int) -> Tensor:
         """Which samples of a task this process takes at a step, ``[batch_size / processes]``."""
-        learn = self._learn[task.name]
+        learn = self.learn[task.name]
         first = step * self.batch_size
         places = range(first + rank(), first + self.batch_size, world())
         return torch.stack([learn[self._epoch(task, place // len(learn))[place % len(learn)]] for place in places])
@@ -68,7 +68,7 @@ class Batches:
     def _epoch(self, task: Task, epoch: int) -> Tensor:
         known = self._epochs.get(task.name)
         if known is None or known[0] != epoch:
-            known = self._epochs[task.name] = (epoch, self._order(task, epoch, len(self._learn[task.name])))
+            known = self._epochs[task.name] = (epoch, self._order(task, epoch, len(self.learn[task.name])))
         return known[1]
 
     def _order(self, task: Task, epoch: int, n: int) -> Tensor:

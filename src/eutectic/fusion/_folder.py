@@ -15,6 +15,7 @@ from eutectic.checkpoint._files import read_json
 from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.checkpoint.folder import open_folder
 from eutectic.checkpoint.spec import TensorSpec, require_same_layout
+from eutectic.checkpoint.views import Rename
 from eutectic.errors import CheckpointError, MissingDependencyError
 from eutectic.fusion._routing import Description, described, routed
 from eutectic.merge import run
@@ -66,9 +67,19 @@ def load(folder: str | Path, backbone: nn.Module | None = None) -> nn.Module:
     """
     folder = Path(folder)
     layers = layers_of(folder)
+    if backbone is None and not layers:
+        return _maker(folder, read_json(folder / "config.json")).from_pretrained(folder).eval()
     with open_folder(folder) as weights:
-        network = backbone if backbone is not None else _from_config(folder, bool(layers))
-        return filled(routed(network, layers, weights), weights).eval()
+        if backbone is not None:
+            return filled(routed(backbone, layers, weights), weights).eval()
+        network = _from_config(folder)
+        names = _names_in_files(network)
+        renamed = {layer: names.get(f"{layer}.weight", f"{layer}.weight").removesuffix(".weight") for layer in layers}
+        known = {name: names[name] for name in weights.specs if name in names}
+        for layer, path in renamed.items():
+            known |= {name: path + name[len(layer) :] for name in weights.specs if name.startswith(f"{layer}.")}
+        view = Rename(weights, known)
+        return filled(routed(network, {renamed[layer]: about for layer, about in layers.items()}, view), view).eval()
 
 
 def save(source: Source, out: str | Path, **options: Any) -> Path:
@@ -97,25 +108,42 @@ def _untied(network: nn.Module) -> Memory:
     return Memory({name: state[name] for name in state if first[id(state[name])] == name}, type(network).__name__)
 
 
-def _from_config(folder: Path, mixture: bool) -> nn.Module:
+def _maker(folder: Path, config: Mapping[str, Any]) -> Any:
+    """The class of transformers that a config names, or ``AutoModel``.  Raises MissingDependencyError."""
     try:
         import transformers
     except ImportError:
         raise MissingDependencyError(
             f"{folder}: transformers makes its network: pip install 'eutectic[text]', or give a `backbone`"
         ) from None
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: has no config.json that says what its network is; give a `backbone`")
-    config = read_json(folder / "config.json")
-    own = config.get("base_config") if mixture else config
-    if not isinstance(own, dict) or "model_type" not in own:
+    named = (config.get("architectures") or [""])[0]
+    kind = getattr(transformers, named, None) if named else None
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else transformers.AutoModel
+
+
+def _from_config(folder: Path) -> Any:
+    """A network of the class of a mixture's base, untrained."""
+    config = read_json(folder / "config.json").get("base_config")
+    if not isinstance(config, dict) or "model_type" not in config:
         raise CheckpointError(f"{folder / 'config.json'}: says nothing of the base's network; give a `backbone`")
+    maker = _maker(folder, config)
+    import transformers
+
     try:
-        parsed = transformers.AutoConfig.for_model(**own)
+        parsed = transformers.AutoConfig.for_model(**config)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: transformers makes no network of it: {error}") from None
-    named = (own.get("architectures") or [""])[0]
-    kind = getattr(transformers, named, None) if named else None
-    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-        return kind._from_config(parsed)
-    return transformers.AutoModel.from_config(parsed)
+    return maker.from_config(parsed) if maker is transformers.AutoModel else maker._from_config(parsed)
+
+
+def _names_in_files(network: Any) -> dict[str, str]:
+    """The names that transformers' own files have for a network's tensors → those in its state dict, where they differ.
+
+    Transformers renames tensors as it loads and saves them, and says how only by doing so: here, to numbers.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    own = list(network.state_dict())
+    saved = revert_weight_conversion(network, {name: torch.tensor([number]) for number, name in enumerate(own)})
+    found = {name: own[int(number)] for name, number in saved.items() if number.numel() == 1}
+    return {name: path for name, path in found.items() if name != path}

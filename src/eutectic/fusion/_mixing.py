@@ -14,17 +14,20 @@ from torch import Tensor, nn
 from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.checkpoint.spec import Layout, TensorSpec
 from eutectic.checkpoint.views import Overlay, Select
-from eutectic.errors import LayoutError, NonFiniteError, ParameterError
+from eutectic.errors import LayoutError, NonFiniteError, ParameterError, TaskError
 from eutectic.fusion._fit import Batches, backward, descend, generator, held_out_loss
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.fusion._losses import divergence_from, entropy, expert_outputs, fill
-from eutectic.fusion._routing import Description, Turned, linears, named, routed, router
+from eutectic.fusion._routing import Description, MergedExperts, Turned, gates, linears, named, routed, router
 from eutectic.fusion._tensors import names_of, wide
 from eutectic.merge.view import Merged
 from eutectic.task import Task
 
 Hidden = Annotated[int, Field(ge=0, le=2)]
 Target = Literal["experts", "entropy"]
+Start = Literal["tasks", "scale"]
+#: inputs of each task that routers begin with, and the regression's ridge over the mean of its diagonal
+SHOWN, RIDGE = 256, 0.02
 #: the linear layers of MLPs, as transformers and the suites call them
 MLP = r"(.*?)\.?(?:mlp\..*|DenseReluDense\..*|intermediate\.dense|(?<!attention\.)output\.dense)"
 
@@ -146,6 +149,53 @@ def routers_begun(models: ModelSet, layers: Mapping[str, Description], scale: fl
     return {name: tensor for tensors in found.values() for name, tensor in tensors.items()}
 
 
+@torch.no_grad()
+def tell_tasks_apart(network: nn.Module, batches: Batches, experts: Sequence[str], run: Run) -> None:
+    """Set the last layer of every router so that c is nearest to 1 for a sample's own expert, and to 0 for the others.
+
+    A ridge regression on the router's features of at most ``SHOWN`` inputs a task, none of them held out, block after block in
+    one forward pass, as a block's
+    input depends on how those before it are routed.  One router of several blocks is fitted to all of them together; one that
+    looks at nothing stays as it is.
+    Raises TaskError if inputs of different tasks have not one shape, as they go through the network together.
+    """
+    tasks = batches.tasks
+    inputs = [batches.inputs(task, batches.learn[task.name][:SHOWN]) for task in tasks]
+    if len({part.shape[1:] for part in inputs}) > 1:
+        raise TaskError(
+            f"start = 'tasks': the tasks' inputs have the shapes {', '.join(str(tuple(i.shape[1:])) for i in inputs)}"
+        )
+    own = torch.cat(
+        [torch.full((len(part),), list(experts).index(task.name)) for task, part in zip(tasks, inputs, strict=True)]
+    )
+    targets = nn.functional.one_hot(own, len(experts)).double().to(run.device)
+    sums: dict[nn.Module, list[Tensor]] = {}
+
+    def solve(gate: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(gate, MergedExperts)
+        assert isinstance(gate.router, nn.Sequential)
+        last = gate.router[-1]
+        if not isinstance(last, nn.Linear):
+            return
+        features = gate.shared.padding.mean(gate.router[:-1](args[0])).double()
+        x = torch.cat([features, torch.ones_like(features[:, :1])], 1)
+        found = [x.T @ x, x.T @ targets]
+        sums[gate.router] = found if gate.router not in sums else [a + b for a, b in zip(sums[gate.router], found, strict=True)]
+        gram, right = sums[gate.router]
+        ridge = RIDGE * gram.diagonal()[:-1].mean() * torch.ones_like(gram.diagonal())
+        ridge[-1] = 0  # the bias is free
+        solution = torch.linalg.solve(gram + ridge.diag(), right)
+        last.weight.copy_(solution[:-1].T)
+        last.bias.copy_(solution[-1])
+
+    hooks = [gate.register_forward_pre_hook(solve) for gate in gates(network).values()]
+    try:
+        network(torch.cat(inputs).to(run.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def fit_routers(
     models: ModelSet,
     tasks: Sequence[Task],
@@ -154,6 +204,7 @@ def fit_routers(
     build: Callable[[Checkpoint, Mapping[str, Checkpoint], Artefact], Checkpoint],
     *,
     target: Target,
+    start: Start,
     scale: float,
     steps: int,
     lr: float,
@@ -171,6 +222,8 @@ def fit_routers(
     network.requires_grad_(False)
     known = network.state_dict(keep_vars=True)
     routers = {name: known[name].requires_grad_(True) for name in begun}
+    if start == "tasks":
+        tell_tasks_apart(network, batches, list(models.experts), run)
     state = {name: p.detach().to(wide(p), copy=True) for name, p in routers.items()}
 
     def write() -> None:

@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import LayoutError
+from eutectic.fusion._products import per_sample, sparse_per_sample, tiles
 
-#: entries of the matrices that are merged at a time, one matrix for each sample
-CHUNK = 1 << 24
 Description = Mapping[str, Any]
 
 
@@ -124,7 +123,7 @@ class Padding:
     def mean(self, x: Tensor) -> Tensor:
         """The mean ``[B, N]`` of ``[B, …, N]`` over a sample's tokens, without hidden ones if the mask is of these tokens."""
         if self.mask is None or self.mask.shape != x.shape[:-1]:
-            return x.reshape(len(x), -1, x.shape[-1]).mean(1)
+            return x.reshape(x.shape[0], -1, x.shape[-1]).mean(1)
         seen = self.mask.to(x.dtype)
         return torch.einsum("bt,btn->bn", seen / seen.sum(1, keepdim=True).clamp(min=1), x)
 
@@ -142,68 +141,70 @@ class Shared:
         return {"padding": self.padding, "c": None}
 
 
-class DenseExperts(Routed):
-    """A linear layer with N experts of whole matrices, merged for each sample by the coefficients of its block.
+class MergedExperts(Routed):
+    """A linear layer with N experts whose matrices are merged for each sample, by the coefficients of its block.
 
-    ``deltas`` is D ``[N, m, n]``, ``shift`` is d ``[N, m]``, for layers with a bias.
+    The first layer of a block has the block's ``router``: c = its mean over a sample's tokens.  Tokens of padding do not
+    count, as far as the network is told of them by an ``attention_mask`` ``[B, T]``.  ``shift`` is d ``[N, m]``, for layers
+    with a bias.  How D is held is up to those that implement ``product``.
     """
 
-    def __init__(self, linear: nn.Linear, experts: int, shared: Shared) -> None:
+    def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module | None) -> None:
         """Of this size, on the device ``meta``."""
         super().__init__(linear)
-        self.shared = shared
-        self.deltas = self.expected(experts, self.out_features, self.in_features)
+        self.experts, self.shared, self.router = experts, shared, router
         self.shift = None if self.bias is None else self.expected(experts, self.out_features)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[B, …, n]`` → ``[B, …, m]``.  Raises LayoutError if the first layer of its block was not there before it."""
+    def product(self, x: Tensor, c: Tensor) -> Tensor:
+        """(W₀ + Σᵢ cᵢDᵢ) x ``[B, T, m]`` of ``[B, T, n]`` and ``[B, N]``."""
+        raise NotImplementedError
+
+    def choice(self, input: Tensor) -> Tensor:
+        """The coefficients ``[B, N]`` of samples ``[B, …, n]``.  Raises LayoutError if the block's first layer saw others."""
+        if self.router is not None:
+            return self.shared.padding.mean(self.router(input))
         c = self.shared.c
-        if c is None or len(c) != len(input):
+        if c is None or c.shape[0] != input.shape[0]:
             raise LayoutError("a layer of a routed block got other samples than its first, by whose input they are routed")
-        x = input.reshape(len(input), -1, input.shape[-1])
-        y = per_sample(x, c.to(self.weight.dtype), self.matrix, self.deltas)
+        return c
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[B, …, n]`` → ``[B, …, m]``."""
+        c = self.shared.c = self.choice(input)
+        c, x = c.to(self.weight.dtype), input.reshape(input.shape[0], -1, input.shape[-1])
+        y = self.product(x, c)
         if self.shift is not None:
-            y = y + (self.bias + c.to(self.weight.dtype) @ self.shift)[:, None]
+            y = y + (self.bias + c @ self.shift)[:, None]
         return y.view(*input.shape[:-1], self.out_features)
 
 
-class LeadingExperts(DenseExperts):
-    """The first layer of a block, whose input is what the block is routed by: c = the router's mean over a sample's tokens.
+class DenseExperts(MergedExperts):
+    """With whole matrices: ``deltas`` is D ``[N, m, n]``."""
 
-    Tokens of padding do not count, as far as the network is told of them by an ``attention_mask`` ``[B, T]``.
-    """
+    def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module | None) -> None:
+        """See ``MergedExperts``."""
+        super().__init__(linear, experts, shared, router)
+        self.deltas = self.expected(experts, self.out_features, self.in_features)
 
-    def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module) -> None:
-        """``router`` makes ``[…, N]`` of ``[…, n]``."""
-        super().__init__(linear, experts, shared)
-        self.router = router
-
-    def choice(self, input: Tensor) -> Tensor:
-        """The coefficients ``[B, N]`` that samples ``[B, …, n]`` give the experts."""
-        return self.shared.padding.mean(self.router(input))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """See the class."""
-        self.shared.c = self.choice(input)
-        return super().forward(input)
+    def product(self, x: Tensor, c: Tensor) -> Tensor:
+        """See ``MergedExperts``."""
+        return per_sample(x, c, self.matrix, self.deltas)
 
 
-def per_sample(x: Tensor, c: Tensor, weight: Tensor, deltas: Tensor) -> Tensor:
-    """(W₀ + Σᵢ cᵢDᵢ) x for each sample: ``[B, T, n]`` and coefficients ``[B, N]`` → ``[B, T, m]``.
+class SparseExperts(MergedExperts):
+    """With pruned matrices, as ``_products`` packs them: ``gaps`` and ``values`` ``[e]``, of which tiles have ``counts``."""
 
-    Matrices are merged, a chunk of samples at a time, in one product: that costs as much as N tokens.  Of samples of one token
-    every expert's output is cheaper, and takes no memory.
-    """
-    if x.shape[1] == 1:
-        each = torch.matmul(x[None, :, 0], deltas.mT)  # [N, B, m]
-        return (F.linear(x[:, 0], weight) + torch.einsum("bk,kbm->bm", c, each))[:, None]
-    size = max(1, CHUNK // weight.numel())
-    return torch.cat(
-        [
-            torch.bmm(some, (weight.flatten() + own @ deltas.flatten(1)).view(-1, *weight.shape).mT)
-            for some, own in zip(x.split(size), c.split(size), strict=True)
-        ]
-    )
+    def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module | None, counts: list[int]) -> None:
+        """See ``MergedExperts``.  Raises LayoutError for counts that are not those of this layer's tiles."""
+        super().__init__(linear, experts, shared, router)
+        if len(counts) != len(tiles((self.out_features, self.in_features))):
+            raise LayoutError(f"pruned experts in {len(counts)} tiles are no experts of a layer {list(self.matrix.shape)}")
+        self.counts, self.values = counts, self.expected(sum(counts))
+        self.register_buffer("gaps", torch.empty(sum(counts), dtype=torch.uint8, device="meta"))
+
+    def product(self, x: Tensor, c: Tensor) -> Tensor:
+        """See ``MergedExperts``."""
+        return sparse_per_sample(x, c, self.matrix, self.get_buffer("gaps"), self.values, self.counts)
 
 
 class Constant(nn.Module):
@@ -288,13 +289,13 @@ def routed(network: nn.Module, layers: Mapping[str, Description], weights: Check
     return new.get(network, network)
 
 
-#: layers that choose among the experts, for themselves or for their block
-Gate = LowRankExperts | LeadingExperts
+Gate = LowRankExperts | MergedExperts
 
 
 def gates(network: nn.Module) -> dict[str, Gate]:
-    """The layers of a network that choose, by name."""
-    return {name: layer for name, layer in _linears(network) if isinstance(layer, Gate)}
+    """The layers of a network that choose among the experts, for themselves or for their block, by name."""
+    found = {name: layer for name, layer in _linears(network) if isinstance(layer, Gate)}
+    return {name: layer for name, layer in found.items() if isinstance(layer, LowRankExperts) or layer.router is not None}
 
 
 def described(network: nn.Module) -> dict[str, Description]:
@@ -307,14 +308,26 @@ def _layer(linear: nn.Linear, about: Description, blocks: Mapping[str, Shared], 
     match dict(about):
         case {"kind": "low_rank", "experts": int(n), "directions": int(d), "rank": int(r), "gate": int(gate), "top": int(top)}:
             return LowRankExperts(linear, n, d, r, gate, top)
-        case {"kind": "dense", "experts": int(n), "block": str(block), "router": {"name": str(name), "hidden": int(hidden)}}:
+        case {"kind": "dense", "experts": int(n), "block": str(block)}:
+            return DenseExperts(linear, n, blocks[block], _router(linear, n, about, routers))
+        case {"kind": "sparse", "experts": int(n), "block": str(block), "counts": list(counts)} if all(
+            isinstance(count, int) and count >= 0 for count in counts
+        ):
+            return SparseExperts(linear, n, blocks[block], _router(linear, n, about, routers), counts)
+    raise LayoutError(f"no routed layer is described by {dict(about)}")
+
+
+def _router(linear: nn.Linear, outputs: int, about: Description, routers: dict[str, nn.Module]) -> nn.Module | None:
+    """The layer's router, if it has one: that of another layer if it is of the same name."""
+    match about.get("router"):
+        case None:
+            return None
+        case {"name": str(name), "hidden": int(hidden)}:
             if name not in routers:
                 with torch.device("meta"):
-                    routers[name] = router(linear.in_features, n, hidden).to(linear.weight.dtype)
-            return LeadingExperts(linear, n, blocks[block], routers[name])
-        case {"kind": "dense", "experts": int(n), "block": str(block)}:
-            return DenseExperts(linear, n, blocks[block])
-    raise LayoutError(f"no routed layer is described by {dict(about)}")
+                    routers[name] = router(linear.in_features, outputs, hidden).to(linear.weight.dtype)
+            return routers[name]
+    raise LayoutError(f"no router is described by {about['router']}")
 
 
 def _missing(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:

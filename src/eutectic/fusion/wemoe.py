@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import LayoutError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
-from eutectic.fusion._mixing import MLP, Hidden, Stacked, Target, fit_routers, outside, plan
+from eutectic.fusion._mixing import MLP, Hidden, Stacked, Start, Target, fit_routers, outside, plan
 from eutectic.fusion._routing import Description, named
 from eutectic.merge.compose import Joined
 from eutectic.methods._method import Count, Finite, Positive
@@ -17,37 +17,41 @@ REFERENCE = "Tang et al., Merging multi-task models via weight-ensembling mixtur
 
 
 def wemoe(
-    hidden: Hidden = 2,
+    hidden: Hidden = 1,
     target: Target = "experts",
+    start: Start = "tasks",
     scale: Finite = 0.3,
-    steps: Count = 100,
-    lr: Positive = 1e-3,
+    steps: Count = 60,
+    lr: Positive = 1e-4,
     batch_size: Count = 8,
     patience: Count = 5,
     blocks: str = MLP,
 ) -> Fusion:
     """Merge the MLPs' weights anew for each sample, by routers fitted to unlabelled inputs; all else is task arithmetic.
 
-        θ(x) = θ₀ + Σₖ cₖ(x) τₖ in an MLP,     c(x) = mean over tokens t of  W₂ ReLU(W₁ h_t + b₁) + b₂
+        θ(x) = θ₀ + Σₖ cₖ(x) τₖ in an MLP,     c(x) = mean over tokens t of  W h_t + b
 
     where h is the MLP's input.  Neither weighted to a sum of 1 nor positive.  A sample is all that lies along the first axis
     of that input; tokens that an ``attention_mask`` ``[B, T]`` hides do not count, causal models' later tokens do.
 
     Args:
-        hidden: layers of a router: 2 as above, 1 for W h + b, 0 for b, which no input can change.
+        hidden: layers of a router: 1 as above, 2 for W₂ ReLU(W₁ h + b₁) + b₂, as in the paper, 0 for b, which no input changes.
         target: what is fitted to: each task's expert's own outputs, or certainty, as in the paper.
-        scale: λ of the task vectors outside of MLPs, and of c at the beginning.
+        start: where routers begin: ``tasks`` at a closed form that tells the tasks' inputs apart, c near 1 for the own
+            expert and 0 for others; ``scale`` at c = ``scale`` for all, as in the paper.
+        scale: λ of the task vectors outside of MLPs, and of c at the beginning if that is ``scale``.
         steps: of Adam, at most; one batch of every task each.
         lr: Adam's.
         batch_size: of each task.
         patience: stop when what is fitted to was not better on inputs held out so many times in a row, each 20 steps.
         blocks: regular expression of the names of linear layers that become mixtures; its first group tells blocks apart.
 
-    The network grows by K times the MLPs' size, and the routers' K + h (K + h + 1) numbers for each MLP of width h.  Raises
-    LayoutError for a network without such layers, with those that it has.
+    The network grows by K times the MLPs' size, and the routers' K (h + 1) numbers for each MLP of width h.  Raises LayoutError
+    for a network without such layers, with those that it has.
 
-    Source: Tang et al., ICML 2024, arXiv:2402.00433, section 3.  Differs from the paper in that it is taught by the experts
-    unless told otherwise, adapts on inputs that are not those of the test, and stops early.  Routing is by sample, always.
+    Source: Tang et al., ICML 2024, arXiv:2402.00433, section 3.  Differs from the paper in that routers of one layer begin
+    where they tell the tasks apart, and are taught by the experts, unless told otherwise; and in that it adapts on inputs that
+    are not those of the test, and stops early.  Routing is by sample, always.
     """
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
@@ -57,7 +61,7 @@ def wemoe(
             raise LayoutError(f"no expert differs from the base in {', '.join(layers)}, so there is nothing to route")
         return fit_routers(
             models, tasks, run, layers, build,
-            target=target, scale=scale, steps=steps, lr=lr, batch_size=batch_size, patience=patience,
+            target=target, start=start, scale=scale, steps=steps, lr=lr, batch_size=batch_size, patience=patience,
         )  # fmt: skip
 
     def build(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Checkpoint:
