@@ -33,7 +33,7 @@ from eutectic.task import Task
 #: into how many parts a grid of preferences divides each of its axes, by the number of tasks; 1 for more
 PARTS = {2: 10, 3: 5, 4: 3}
 #: what interpolation multiplies λ = p by; one of them is chosen on ``val``
-SCALES = (0.6, 0.8, 1.0, 1.2, 1.5)
+SCALES = (0.8, 1.0, 1.2, 1.5, 2.0)
 #: which tasks a panel of a plot has, by how many there are
 PANELS: Mapping[int, list[tuple[int, int]]] = {2: [(0, 1)], 3: [(0, 1), (0, 2), (1, 2)]}
 #: between a front's name and the preference of a point of it
