@@ -126,6 +126,7 @@ def test_hypervolumes():
 def test_a_grid_has_the_corners_and_the_centre(k, parts, n):
     points = grid(k, parts)
     assert len(points) == n == len(set(points))
+    assert points == sorted(points, reverse=True)
     assert tuple([1 / k] * k) in points
     for corner in np.eye(k):
         assert tuple(corner) in points

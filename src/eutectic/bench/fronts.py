@@ -51,10 +51,9 @@ class Front(NamedTuple):
 
 
 def grid(k: int, parts: int | None = None) -> list[Preference]:
-    """Preferences over the whole simplex, and the one in its middle."""
-    points = simplex_grid(k, parts or PARTS.get(k, 1)).tolist()
-    centre = corners_and_centre(k)[-1].tolist()
-    return [tuple(p) for p in (points if centre in points else [*points, centre])]
+    """Preferences over the whole simplex, and the one in its middle, from e₁ to e_K."""
+    points = [*simplex_grid(k, parts or PARTS.get(k, 1)).tolist(), corners_and_centre(k)[-1].tolist()]
+    return sorted({tuple(p) for p in points}, reverse=True)
 
 
 def pareto(
