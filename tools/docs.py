@@ -75,17 +75,18 @@ def _mean(by_seed: dict[int, record.Record]) -> float:
 
 
 def language_page() -> str:
-    """Fused language models: perplexities, and their ratios to the base's, of each domain."""
+    """Fused language models: perplexity on each domain, and its ratio to the base's."""
     parts = [
         "# Language models: results\n\n"
         "Written by `make docs` from `benchmarks/results/lm.jsonl`, which `benchmarks/language.py` makes.\n\n"
-        "SmolLM2-135M-Instruct (dequantised from four bits) and three LoRA fine-tunes of it, of rank 16 on every linear layer and\n"
-        "200 steps of 16 texts: sentences of movie reviews, one-line descriptions of Debian packages, WordNet glosses.  Texts are\n"
-        "cut to 96 tokens; `brown`, excerpts of the Brown corpus, has no expert.  Scales are chosen on other texts.  The mean is the\n"
-        "geometric one over the domains that have an expert.  Intervals are of 95 %, over texts.\n\n"
-        "SMILE chooses experts token by token, by that token's state alone: padding, batch-mates and later tokens change nothing.\n"
-        "WEMoE is not in the table, because its router averages over a sample's tokens, later ones too: what it predicts has been\n"
-        "seen by the router, and its perplexity would be no perplexity.\n"
+        "SmolLM2-135M-Instruct (dequantised from four bits) and three LoRA fine-tunes of it, of rank 16 on every linear\n"
+        "layer: sentences of movie reviews, one-line descriptions of Debian packages, WordNet glosses.  `brown`, excerpts of\n"
+        "the Brown corpus, has no expert.  Scales (λ) are chosen on texts that are not scored.  The mean is the geometric\n"
+        "one, over the domains that have an expert.  Intervals are of 95 %, over texts;\n"
+        "those of ratios compare the same texts.\n\n"
+        "SMILE chooses experts token by token, by that token's state alone: padding, batch-mates and later tokens change\n"
+        "nothing.  WEMoE is not in the table: its routers average over all tokens of a text, also those to be predicted, so\n"
+        "what it gave would be no perplexity.\n"
     ]
     found: dict[str, dict[str, dict[str, record.Record]]] = {}
     for one in record.load(RESULTS / "lm.jsonl"):
@@ -95,16 +96,16 @@ def language_page() -> str:
         parts.append(f"## {metric[0].upper()}{metric[1:]}\n")
         lines = [f"| model | {' | '.join(domains)} | chosen |", f"|---|{'---:|' * len(domains)}---|"]
         for method, cells in methods.items():
-            shown = [f"{r.value:.{3 if r.value < 3 else 1}f} ({_interval(r)})" for r in (cells[domain] for domain in domains)]
+            shown = [_with_interval(cells[domain]) for domain in domains]
             scale = next(iter(cells.values())).parameters.get("scale")
             lines.append(f"| {method} | {' | '.join(shown)} | {'' if scale is None else f'λ = {scale}'} |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
-def _interval(r: record.Record) -> str:
+def _with_interval(r: record.Record) -> str:
     digits = 3 if r.value < 3 else 1
-    return f"{r.low:.{digits}f}–{r.high:.{digits}f}"
+    return f"{r.value:.{digits}f} ({r.low:.{digits}f}–{r.high:.{digits}f})"
 
 
 def cli_page() -> str:

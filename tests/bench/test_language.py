@@ -164,7 +164,7 @@ def test_from_a_base_to_scored_fusions(tmp_path):
     for name, low in (("one", 1), ("two", 12), ("other", 6)):
         write_texts(tmp_path, name, low)
     few = script.Plan(
-        **{"domains": ("one", "two"), "unseen": "other", "unseen_test": 8, "tokens": 8},
+        **{"domains": ("one", "two"), "unseen": "other", "unseen_test": 8, "tokens": 8, "start": "<|endoftext|>"},
         sizes={"train": 60, "val": 6, "test": 20},
         training=Training(steps=2, lr=1e-2, batch_size=8, rank=3, alpha=6),
     )
