@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements/constraints.txt
 # what decides what is installed: the stamps are renewed when it changes
-PINS := pyproject.toml requirements/constraints.txt src/eutectic/methods/_native.c
+PINS := pyproject.toml requirements/constraints.txt src/eutectic/methods/_native.c src/eutectic/fusion/_products.c
 
 .PHONY: help setup demo test parity check bench docs
 .NOTPARALLEL:

@@ -6,8 +6,8 @@ Makes a CLIP vision tower of ViT-B/32 with random weights and eight experts from
 for a few steps in a process of its own.  A step is timed from one report of progress to the next: batches, mask, θ, forward
 and backward passes, gradients, Adam.  Between two steps the same process runs the plain passes: the same network forward and
 backward on as many batches, gradients added up; twice for Concrete AdaMerging, whose inner step has passes of its own.  The
-first step of each process is a warm-up.  Peak memory is the process's VmHWM, with imports.  ``files`` after a method: task
-vectors are not held in memory but read from the experts' files at each step.
+first step of each process is a warm-up.  Peak memory is the process's VmHWM, with imports.  Task vectors are
+where the default has them, in the experts' files, or, with ``memory`` after a method, in memory.
 
 ``--peer`` is the Python of an environment with fusion-bench 0.2.33, torch 2.13.0 and transformers 4.57.6.  Its own classes run
 on the same weights, from their own loop; only what would need the network is replaced: images and text embeddings.  Their data
@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "concrete_task_arithmetic": ({"parameters": {"scale": 0.3}}, 1),
     "concrete_adamerging": ({}, 2),
 }
-VARIANTS = ["adamerging", "adamerging files", "concrete_task_arithmetic", "concrete_adamerging", "concrete_adamerging files"]
+VARIANTS = ["adamerging", "adamerging memory", "concrete_task_arithmetic", "concrete_adamerging"]
 
 
 def config(size: str) -> dict[str, Any]:
@@ -100,6 +100,11 @@ def make_inputs(size: str, experts: int, folder: Path) -> None:
                 (partial / "config.json").write_text(json.dumps(config(size)))
 
 
+def clocks() -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    return time.perf_counter(), time.process_time()
+
+
 def peak_mb() -> float:
     """The most resident memory that this process has had."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
@@ -141,48 +146,49 @@ def child(size: str, variant: str, experts: int, steps: int, threads: int, folde
 
     torch.set_num_threads(threads)
     method, *how = variant.split()
-    run = Run(autocast="autocast" in how, storage=None if "files" in how else torch.bfloat16)
+    run = Run(autocast="autocast" in how, storage="memory" if "memory" in how else None)
     parameters, passes = METHODS[method]
     network = tower(size).eval()
 
     def task(number: int) -> Task:
         projection, text = head_of(size, number)
         arrays = Arrays(
-            images_of(size, number, 4 * BATCH),
-            torch.zeros(4 * BATCH, dtype=torch.long),
+            images_of(size, number, 2 * BATCH),
+            torch.zeros(2 * BATCH, dtype=torch.long),
             lambda images: images.float().div_(127.5).sub_(1),
         )
         return Task(f"e{number}", lambda x: 100 * F.normalize(x @ projection.T, dim=1) @ text.T, adapt=arrays)
 
     tasks = [task(number) for number in range(experts)]
-    found: dict[str, list[float]] = {"step_s": [], "plain_s": []}
-    resumed = time.perf_counter()
+    found: dict[str, list[float]] = {"step_s": [], "step_cpu_s": [], "plain_s": [], "plain_cpu_s": []}
+    since = clocks()
 
     def plain() -> None:
         for number, one in enumerate(tasks * passes):
             if number % experts == 0:
-                network.zero_grad()
+                network.zero_grad(set_to_none=False)
             inputs, _ = one.arrays("adapt").take(torch.arange(BATCH))
             with torch.autocast("cpu", torch.bfloat16, enabled=run.autocast):
                 features = network(inputs)
             log_p = F.log_softmax(one.head(features.float()), dim=1)
             (-(log_p.exp() * log_p).sum(1).mean()).backward()
-        network.zero_grad()
 
     def progress(what: str, done: int, total: int) -> None:
-        nonlocal resumed
-        found["step_s"].append(time.perf_counter() - resumed)
-        started = time.perf_counter()
-        plain()
-        found["plain_s"].append(time.perf_counter() - started)
+        nonlocal since
+        for kind in ("step", "plain"):
+            if kind == "plain":
+                plain()
+            now = clocks()
+            for key, before, after in zip((f"{kind}_s", f"{kind}_cpu_s"), since, now, strict=True):
+                found[key].append(after - before)
+            since = now
         if done > steps:
             raise Enough
-        resumed = time.perf_counter()
 
     base, *others = (SafetensorsFile(folder / name / "model.safetensors") for name in ["base", *(t.name for t in tasks)])
     models = ModelSet(network, base, dict(zip([t.name for t in tasks], others, strict=True)))
     with contextlib.suppress(Enough):
-        fit(method, models, tasks, parameters, dataclasses.replace(run, progress=progress))
+        fit(method, models, tasks, parameters | {"batch_size": BATCH}, dataclasses.replace(run, progress=progress))
     print(json.dumps({key: times[1:] for key, times in found.items()} | {"peak_mb": peak_mb()}))
 
 
@@ -259,10 +265,10 @@ def peer_child(size: str, method: str, experts: int, steps: int, threads: int, f
 # ── the table ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def measured(python: str, kind: str, arguments: list[object], threads: int) -> dict[str, Any]:
+def measured(python: str, kind: str, arguments: list[object], threads: int, script: str = __file__) -> dict[str, Any]:
     """What a child says in its last line."""
     settings = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [python, __file__, kind, *map(str, arguments)]
+    command = [python, script, kind, *map(str, arguments)]
     process = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
     lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
     if process.returncode or not lines:
@@ -277,8 +283,9 @@ def spread(times: list[float]) -> str:
 
 def row(what: str, ours: dict[str, Any], peer: dict[str, Any] | None) -> str:
     """One line of the table."""
-    ratios = [step / plain for step, plain in zip(ours["step_s"], ours["plain_s"], strict=True)]
-    line = f"{what:33} {spread(ours['step_s']):22} {spread(ours['plain_s']):22} {spread(ratios):20} {ours['peak_mb']:7.0f}"
+    wall, cpu = ([a / b for a, b in zip(ours[f"step{s}"], ours[f"plain{s}"], strict=True)] for s in ("_s", "_cpu_s"))
+    line = f"{what:33} {spread(ours['step_s']):24} {spread(ours['plain_s']):24} {spread(wall):20} {spread(cpu):20}"
+    line += f" {ours['peak_mb']:7.0f}"
     if peer is None:
         return line
     if peer["failed"]:
@@ -301,12 +308,12 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = (arguments.work / arguments.size).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    make_inputs(arguments.size, arguments.experts, folder)
+    subprocess.run([sys.executable, __file__, "--make", arguments.size, str(arguments.experts), str(folder)], check=True)
     flags = Path("/proc/cpuinfo").read_text().split()
     fast = sorted({"amx_bf16", "avx512_bf16"}.intersection(flags))
     print(f"bfloat16 instructions: {', '.join(fast) or 'none, so autocast is not measured'}")
     print(
-        f"{'method, threads':33} {'step_s':22} {'plain_s':22} {'step/plain':20} {'peak_MB':7}  "
+        f"{'method, threads':33} {'step_s':24} {'plain_s':24} {'step/plain':20} {'the same in CPU s':20} {'peak_MB':7}  "
         f"{'peer_s':22} peer_MB ours/peer ours/peer_MB"
     )
     variants = arguments.methods.split(",")
@@ -321,9 +328,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    kinds: dict[str, Callable[..., None]] = {"--child": child, "--peer-child": peer_child}
-    if sys.argv[1:2] and sys.argv[1] in kinds:
-        kind, size, method, experts, steps, threads, folder, *limit = sys.argv[1:]
-        kinds[kind](size, method, int(experts), int(steps), int(threads), Path(folder), *map(float, limit))
-    else:
-        main()
+    match sys.argv[1:]:
+        case ["--make", size, experts, folder]:
+            make_inputs(size, int(experts), Path(folder))
+        case ["--child", size, method, experts, steps, threads, folder]:
+            child(size, method, int(experts), int(steps), int(threads), Path(folder))
+        case ["--peer-child", size, method, experts, steps, threads, folder, limit]:
+            peer_child(size, method, int(experts), int(steps), int(threads), Path(folder), float(limit))
+        case _:
+            main()

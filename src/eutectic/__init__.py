@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from eutectic.checkpoint.base import Checkpoint as Checkpoint
     from eutectic.errors import EutecticError as EutecticError
     from eutectic.fusion._api import fuse as fuse
+    from eutectic.fusion._folder import load as load
+    from eutectic.fusion._folder import save as save
     from eutectic.merge.api import diff as diff
     from eutectic.merge.api import merge as merge
+    from eutectic.merge.api import merge_adapters as merge_adapters
     from eutectic.merge.api import open as open
-    from eutectic.merge.api import save as save
     from eutectic.merge.api import state_dict as state_dict
     from eutectic.merge.recipe import Recipe as Recipe
     from eutectic.record import Record as Record
@@ -32,10 +34,12 @@ _HOMES = {
     "diff": "merge.api",
     "evaluate": "bench.evaluate",
     "fuse": "fusion._api",
+    "load": "fusion._folder",
     "merge": "merge.api",
+    "merge_adapters": "merge.api",
     "open": "merge.api",
     "open_suite": "bench.zoo",
-    "save": "merge.api",
+    "save": "fusion._folder",
     "state_dict": "merge.api",
 }
 __all__ = [*_HOMES]

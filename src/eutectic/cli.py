@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eutectic.errors import EutecticError
+from eutectic.errors import EutecticError, StoppedError
 
 if TYPE_CHECKING:
     from eutectic.bench.evaluate import Choice
+    from eutectic.merge.adapters import Fused
     from eutectic.merge.compose import Composed
     from eutectic.merge.recipe import AnyRecipe
     from eutectic.merge.view import Merged
@@ -50,6 +51,7 @@ class Study(StrEnum):
 
     generalisation = "generalisation"
     robustness = "robustness"
+    pareto = "pareto"
 
 
 CompatOption = Annotated[
@@ -106,7 +108,46 @@ def merge(
         )
     for note in merged.mixture.found if isinstance(merged, Composed) and merged.mixture else ():
         print(f"note: {note}", file=sys.stderr)
-    print(f"{out}: {merged.method} of {len(merged.experts)} expert(s)")
+    print(f"{out}: {merged.method} of {len(merged.experts)} expert(s){_truncation(merged)}")
+
+
+def _truncation(merged: Merged | Composed | Fused) -> str:
+    from eutectic.merge.adapters import Fused
+
+    if not isinstance(merged, Fused):
+        return ""
+    ranks = sorted({merged.rank_of(name) for name in merged.targets})
+    said = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return f"; rank {said}, which leaves out {100 * merged.error:.2g} % of the merged change"
+
+
+@app.command()
+def extract(
+    base: Annotated[Path, typer.Argument(help="What EXPERT was fine-tuned from.")],
+    expert: Annotated[Path, typer.Argument(help="A full fine-tune.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    rank: Annotated[int | None, typer.Option(help="Of every matrix, at most.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="So many directions of each matrix as hold this share of its change, as a square.")
+    ] = None,
+    fan_in_fan_out: Annotated[bool, typer.Option("--fan-in-fan-out", help="Weights lie as GPT-2's do, inputs first.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an existing folder.")] = False,
+) -> None:
+    """Write what EXPERT changed in BASE as a LoRA adapter, a PEFT folder, and say what each rank leaves out."""
+    import os
+
+    from eutectic.checkpoint.folder import open_path
+    from eutectic.merge.extract import extract as extracted
+    from eutectic.merge.extract import save_extracted
+
+    start, end = open_path(base), open_path(expert)
+    with _bar() as progress:
+        found = extracted(start, end, rank=rank, energy=energy, fan_in_fan_out=fan_in_fan_out, progress=progress)
+    named = os.path.relpath(base.resolve(), out.resolve())
+    save_extracted(found, start, end, out, base_name=named, fan_in_fan_out=fan_in_fan_out, replace=force)
+    for at, error in found.errors.items():
+        print(f"rank {at:5}  leaves out {100 * error:6.2f} % of the matrices' change")
+    print(f"{out}: {len(found.ranks)} matrices; other tensors, which it has not, hold {100 * found.rest:.2g} % of ‖Δ‖²")
 
 
 @app.command()
@@ -144,7 +185,14 @@ def fuse(
     begun = out.resolve().with_name(f".{out.resolve().name}.fit")
     with _bar() as progress, processes(device):
         how = Run(parsed.seed, parsed.protocol, device, autocast, begun, progress)
-        artefact = fusing.fit_recipe(parsed, recipe.parent, how)
+        try:
+            artefact = fusing.fit_recipe(parsed, recipe.parent, how)
+        except StoppedError as error:
+            if error.artefact is not None and not rank():
+                kept = out.with_name(f"{out.name}.stopped")
+                fusion.save_artefact(error.artefact, kept, replace=True)
+                raise StoppedError(f"{error}; the last good artefact is in {kept}") from None
+            raise
         if rank():
             return
         parsed, merged = fusing.applied(parsed, recipe.parent, artefact)
@@ -230,6 +278,10 @@ def evaluate(
     suite: SuiteName = "mini",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON record a line.")] = False,
     split: Annotated[str, typer.Option(help="Which split to score.")] = "test",
+    routing: Annotated[
+        Path | None,
+        typer.Option(help="Of a mixture: write which experts each task uses here, as an SVG, and as JSON beside it."),
+    ] = None,
 ) -> None:
     """Score MODEL on the tasks of a suite."""
     from eutectic import record
@@ -237,10 +289,13 @@ def evaluate(
     from eutectic.bench.zoo import open_suite
     from eutectic.checkpoint.folder import open_path
     from eutectic.checkpoint.hashed import fingerprint
+    from eutectic.fusion._folder import layers_of
 
     opened = open_suite(suite)
     weights = open_path(model)
-    network = opened.backbone(weights)
+    network = opened.backbone(weights, layers_of(model))
+    if routing is not None:
+        _report_routing(network, opened, split, routing)
     fields = scoring.fields_of(model) | {"suite": opened.name, "inputs": {"model": fingerprint(weights)}}
     records = scoring.evaluate(network, opened.tasks, split=split, **fields)
     if json:
@@ -249,6 +304,20 @@ def evaluate(
     else:
         for found in [*records, record.mean_of(records)]:
             print(f"{found.task:16} {100 * found.value:5.1f}  [{100 * found.low:.1f}, {100 * found.high:.1f}]  n = {found.n}")
+
+
+def _report_routing(network: Any, suite: Any, split: str, path: Path) -> None:
+    import json
+
+    from eutectic.bench.routing import heat_map
+    from eutectic.bench.routing import routing as routing_of
+    from eutectic.checkpoint.writer import explained
+
+    found = routing_of(network, suite.tasks, split)
+    names = list(suite.classes) if found.mean.shape[2] == len(suite.classes) else [str(i) for i in range(found.mean.shape[2])]
+    with explained(path):
+        path.write_text(heat_map(found, names), encoding="utf-8")
+        path.with_suffix(".json").write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
 
 
 @app.command()
@@ -276,13 +345,16 @@ def bench(
         list[Protocol] | None, typer.Option(help="What fitted methods see: adapt's inputs, or test's. May be given twice.")
     ] = None,
     study: Annotated[
-        Study | None, typer.Option(help="Fuse without two tasks and score those too; or score on corrupted images.")
+        Study | None,
+        typer.Option(help="Fuse without two tasks and score those too; or score on corrupted images; or draw fronts."),
     ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="For pareto: a task of the front; two or more.")] = None,
     corruption: Annotated[list[str] | None, typer.Option(help="For robustness; all seven by default.")] = None,
     severity: Annotated[list[int] | None, typer.Option(help="For robustness, 1 to 5; 3 by default.")] = None,
 ) -> None:
     """Score θ₀, the experts and every closed-form method, or the methods named, on a suite."""
-    from eutectic.bench import corruptions, protocols
+    from eutectic import record
+    from eutectic.bench import corruptions, fronts, protocols
     from eutectic.bench.evaluate import run_suite
 
     seen: Any = [p.value for p in protocol or [Protocol.inductive]]
@@ -291,12 +363,22 @@ def bench(
     elif len(seed or []) > 1 or len(seen) > 1:
         raise EutecticError(f"a study of {study.value} takes one seed and one protocol at a time")
     else:
-        score = functools.partial(getattr(protocols, study.value), seed=(seed or [0])[0], protocol=seen[0])
+        room = fronts if study is Study.pareto else protocols
+        score = functools.partial(getattr(room, study.value), seed=(seed or [0])[0], protocol=seen[0])
     if study is not Study.robustness and (corruption or severity):
         raise EutecticError("--corruption and --severity are for --study robustness")
     if study is Study.robustness:
         score = functools.partial(score, kinds=corruption or list(corruptions.KINDS), severities=severity or [3])
-    _run(suite, out or Path("runs") / Path(suite).name, tuple(method) if method else None, score)
+    out = out or Path("runs") / Path(suite).name
+    if study is not Study.pareto:
+        if task:
+            raise EutecticError("--task is for --study pareto")
+        _run(suite, out, tuple(method) if method else None, score)
+        return
+    drawn = fronts.figure() if len(task or []) in fronts.PANELS else None
+    _run(suite, out, tuple(method or ["pwe_moe"]), functools.partial(score, tasks=task or []))
+    if drawn:
+        fronts.plot(list(record.load(out / "records.jsonl")), out / "fronts.svg", drawn)
 
 
 @app.command()
@@ -348,7 +430,7 @@ def zoo_build(
     print(f"{target}: {len(spec.tasks)} experts")
 
 
-def _open_recipe(path: Path, compat: Compat | None = None) -> tuple[AnyRecipe, Merged | Composed]:
+def _open_recipe(path: Path, compat: Compat | None = None) -> tuple[AnyRecipe, Merged | Composed | Fused]:
     from eutectic.bench import fusing
     from eutectic.bench.evaluate import suite_recipe
     from eutectic.merge.recipe import Recipe, load

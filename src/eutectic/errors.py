@@ -4,6 +4,7 @@
     ├── CheckpointError             a file or folder that cannot be trusted or read
     ├── LayoutError                 models whose tensors do not fit together
     ├── NonFiniteError              a NaN or Inf where there must be none
+    │   └── StoppedError             a loss that is not finite; has the last good artefact
     ├── RecipeError                 a recipe that says something impossible; knows its file and line
     ├── ParameterError              a method's parameter that is misspelt, missing or out of range
     ├── UnknownNameError            a method, suite or task that nobody registered
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class EutecticError(Exception):
@@ -37,6 +39,12 @@ class LayoutError(EutecticError):
 
 class NonFiniteError(EutecticError):
     """A NaN or Inf where there must be none."""
+
+
+class StoppedError(NonFiniteError):
+    """A fit that met a loss that is not finite; ``artefact`` is the best that it had by then, to be applied like any other."""
+
+    artefact: Any = None
 
 
 class RecipeError(EutecticError):

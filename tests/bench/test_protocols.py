@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from eutectic.bench import evaluate, report, zoo
-from eutectic.bench.backbones import fill
 from eutectic.bench.corruptions import corrupt, corrupted
 from eutectic.bench.evaluate import Choice, merge_suite
 from eutectic.bench.protocols import Parting, generalisation, partings, robustness
 from eutectic.bench.suite import Suite
 from eutectic.errors import EutecticError, LayoutError, ParameterError, TaskError, UnknownNameError
 from eutectic.fusion._api import fit, fused
+from eutectic.fusion._folder import filled
 from eutectic.task import SPLITS, Task
 
 TASKS = ("mnist", "letters", "digits8")
@@ -108,9 +108,9 @@ def test_a_generalisation_scores_what_the_seen_experts_make(general, suite):
     one = by_method(general)["task_arithmetic"]["letters"]
     assert "chosen on val among 5" in one.notes
     network = suite.backbone()
-    fill(network, merge_suite(suite, "task_arithmetic", one.parameters, ["mnist", "digits8"]))
+    filled(network, merge_suite(suite, "task_arithmetic", one.parameters, ["mnist", "digits8"]))
     assert suite.task("letters").score(network).value == one.value
-    fill(network, suite.base)
+    filled(network, suite.base)
     assert suite.task("letters").score(network).value == by_method(general)["pretrained"]["letters"].value
 
 
@@ -148,7 +148,7 @@ def test_robustness_fits_clean_once_and_each_corruption_alike(suite, monkeypatch
 
     network = suite.backbone()
     for at, split, adapted in ((0, sets[0], False), (0, sets[1], False), (1, sets[1], True)):
-        fill(network, fused(suite.base, suite.experts(tasks), fitted[at][1]))
+        filled(network, fused(suite.base, suite.experts(tasks), fitted[at][1]))
         for one, task in zip(rows["adamerging", adapted, split], tasks, strict=False):
             given = suite.task(task)
             scored = given if split == "test" else corrupted(given, "contrast", 3)

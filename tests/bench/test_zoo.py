@@ -142,6 +142,6 @@ def test_a_run_scores_everything_and_chooses_scalars_on_val_only(short):
     # the choice is the argmax over val, recomputed here without the shortcut
     network, val = short.backbone(), []
     for candidate in scoring.grid("task_arithmetic"):
-        scoring.fill(network, scoring.merge_suite(short, "task_arithmetic", candidate))
+        scoring.filled(network, scoring.merge_suite(short, "task_arithmetic", candidate))
         val.append(sum(task.score(network, "val").value for task in short.tasks))
     assert chosen.parameters["scale"] == list(scoring.grid("task_arithmetic"))[val.index(max(val))]["scale"]

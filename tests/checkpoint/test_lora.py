@@ -16,7 +16,9 @@ from eutectic.checkpoint.lora import open_lora
 from eutectic.checkpoint.save import save_tensors
 from eutectic.errors import CheckpointError
 
+PREFIX = "base_model.model."
 A, B = "base_model.model.m.fc.lora_A.weight", "base_model.model.m.fc.lora_B.weight"
+NONE = {A: None, B: None}
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["fc"]}
 
 
@@ -74,6 +76,60 @@ def test_scale_follows_the_config(config, scale, adapter, base):
     torch.testing.assert_close(found, base.read("m.fc.weight") + product(folder) * scale)
 
 
+def dora(weight, delta, magnitude):
+    """m · (W + ΔW) / ‖W + ΔW‖ in float64, outputs first."""
+    changed = (weight + delta).double()
+    flat = changed.flatten(1)
+    return (magnitude.double()[:, None] * flat / flat.norm(dim=1, keepdim=True)).view(changed.shape)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_dora_is_the_direction_times_the_magnitude_of_each_output(fan_in_fan_out, adapter, base):
+    m = torch.rand(5)
+    key = "base_model.model.m.fc.lora_magnitude_vector"
+    folder = adapter({key: m}, fan_in_fan_out=fan_in_fan_out, use_dora=True)
+    lies = Memory({"m.fc.weight": base.read("m.fc.weight").T if fan_in_fan_out else base.read("m.fc.weight")})
+    lora = open_lora(folder, lies)
+    found = lora.read("m.fc.weight").T if fan_in_fan_out else lora.read("m.fc.weight")
+    wanted = dora(base.read("m.fc.weight"), product(folder) * 4, m)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+    assert lora.thin("m.fc.weight") is None
+
+
+def test_an_embedding_lies_transposed(adapter):
+    torch.manual_seed(2)
+    table, A, B = torch.rand(7, 5), torch.rand(2, 7), torch.rand(5, 2)
+    prefix = "base_model.model.m.e.lora_embedding_"
+    lora = open_lora(adapter({prefix + "A": A, prefix + "B": B, **NONE}), Memory({"m.e.weight": table}))
+    torch.testing.assert_close(lora.read("m.e.weight"), table + 4 * (B @ A).T)
+    assert torch.equal(lora.read("m.e.weight", slice(2, 5)), lora.read("m.e.weight")[2:5])
+    start, left, right = lora.thin("m.e.weight")
+    torch.testing.assert_close(start + left @ right, lora.read("m.e.weight"))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("window", [(3, 3), (1, 1), (2,)])
+def test_a_convolution_is_a_matrix_of_its_windows(use_dora, window, adapter):
+    torch.manual_seed(3)
+    W, A, B, m = torch.rand(5, 3, *window), torch.rand(2, 3, *window), torch.rand(5, 2, *[1 for _ in window]), torch.rand(5)
+    stored = {PREFIX + "m.c.lora_A.weight": A, PREFIX + "m.c.lora_B.weight": B, **NONE}
+    if use_dora:
+        stored[PREFIX + "m.c.lora_magnitude_vector"] = m.view(1, 5, *[1 for _ in window])
+    lora = open_lora(adapter(stored, use_dora=use_dora), Memory({"m.c.weight": W}))
+    delta = 4 * torch.einsum("or,r...->o...", B.flatten(1), A)
+    wanted = dora(W, delta, m) if use_dora else (W + delta).double()
+    torch.testing.assert_close(lora.read("m.c.weight").double(), wanted, rtol=1e-6, atol=1e-6)
+    assert torch.equal(lora.read_flat("m.c.weight", 4, 11), lora.read("m.c.weight").view(-1)[4:11])
+
+
+def test_trained_biases_replace_the_bases(adapter, base):
+    stored = {PREFIX + "m.fc.base_layer.bias": torch.ones(5), PREFIX + "head.weight": torch.zeros(2, 5)}
+    stored |= {PREFIX + "head.original_module.weight": torch.rand(2, 5)}
+    lora = open_lora(adapter(stored, bias="all"), base)
+    assert torch.equal(lora.read("m.fc.bias"), torch.ones(5))
+    assert torch.equal(lora.read("head.weight"), torch.zeros(2, 5))
+
+
 def test_fan_in_fan_out_transposes(adapter, base):
     folder = adapter(fan_in_fan_out=True)
     flipped = Memory({"m.fc.weight": base.read("m.fc.weight").T})
@@ -82,15 +138,19 @@ def test_fan_in_fan_out_transposes(adapter, base):
     assert torch.equal(lora.read("m.fc.weight")[1:3], lora.read("m.fc.weight", slice(1, 3)))
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
-def test_any_chunking_is_bit_for_bit_the_whole(fan_in_fan_out, adapter):
+def test_any_chunking_is_bit_for_bit_the_whole(fan_in_fan_out, use_dora, adapter):
     torch.manual_seed(0)
     shape = (700, 900)
     factors = {
         A: torch.rand(2, shape[0] if fan_in_fan_out else shape[1]),
         B: torch.rand(shape[1] if fan_in_fan_out else shape[0], 2),
     }
-    lora = open_lora(adapter(factors, fan_in_fan_out=fan_in_fan_out), Memory({"m.fc.weight": torch.rand(shape)}))
+    if use_dora:
+        factors[PREFIX + "m.fc.lora_magnitude_vector"] = torch.rand(factors[B].shape[0])
+    config = {"fan_in_fan_out": fan_in_fan_out, "use_dora": use_dora}
+    lora = open_lora(adapter(factors, **config), Memory({"m.fc.weight": torch.rand(shape)}))
     whole = lora.read("m.fc.weight").view(-1)
     for step in (1, 899, 12_345, 300_000):
         starts = range(0, whole.numel(), step) if step > 1 else [0, 899, 900, 262_143, 262_144, 629_999]
@@ -110,18 +170,15 @@ def test_keeps_the_dtype_of_the_base_and_adds_in_float32(dtype, adapter, base):
     assert found.specs == cast.specs
 
 
-PREFIX = "base_model.model."
-
-
 @pytest.mark.parametrize(
     ("tensors", "config", "what"),
     [
         ({}, {"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({}, {"use_dora": True}, "'use_dora' is True, which is not understood"),
+        ({}, {"use_dora": True}, "'m.fc' has no lora_magnitude_vector, and use_dora is set"),
         ({}, {"lora_bias": True}, "'lora_bias' is True"),
         ({}, {"layer_replication": [[0, 1]]}, "'layer_replication'"),
         ({}, {"from_the_future": 1}, "'from_the_future' is 1"),
-        ({}, {"bias": "all"}, "bias is 'all'"),
+        ({}, {"bias": "some"}, "bias is 'some'"),
         ({}, {"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({}, {"init_lora_weights": ["x"]}, "init_lora_weights"),
         ({}, {"r": 0}, "r is 0"),
@@ -130,17 +187,22 @@ PREFIX = "base_model.model."
         ({}, {"rank_pattern": {".*fc": 2}}, r"rank_pattern has '\.\*fc'"),
         ({}, {"rank_pattern": [2]}, "rank_pattern must map"),
         ({}, {"alpha_pattern": {"fc": None}}, r"alpha_pattern\['fc'\] is None"),
-        ({}, {"r": 3}, r"'m\.fc\.weight' \[5, 3\] F32 does not fit A \[2, 3\] F32 and B \[5, 2\] F32 of rank 3"),
+        ({}, {"r": 3}, r"A \[2, 3\] F32 and B \[5, 2\] F32 of 'm\.fc' are not of rank 3"),
         ({A: torch.zeros(2, 4)}, {}, "'m.fc.weight'.*does not fit"),
-        ({A: torch.zeros(2, 3, 1, 1)}, {}, "'m.fc.weight'.*is no linear layer"),
-        ({A: torch.zeros(2, 3, dtype=torch.int64)}, {}, "'m.fc.weight'.*is not floating-point"),
-        ({B: None}, {}, "'m.fc' has lora_A but not its partner"),
-        ({PREFIX + "m.fc.lora_magnitude_vector": torch.zeros(5)}, {}, "lora_magnitude_vector' is DoRA"),
-        ({PREFIX + "m.fc.lora_B.bias": torch.zeros(5)}, {}, "is a LoRA bias"),
+        ({A: torch.zeros(2, 3, 1, 1)}, {}, "'m.fc' are of no linear layer or convolution"),
+        ({A: torch.zeros(2, 3, 1, 1), B: torch.zeros(5, 2, 1, 1)}, {}, "'m.fc.weight'.*does not fit"),
+        ({A: torch.zeros(2, 3, dtype=torch.int64)}, {}, "'m.fc' are not floating-point"),
+        ({B: None}, {}, "'m.fc' has lora_A.weight but not its partner"),
+        (
+            {PREFIX + "m.fc.lora_magnitude_vector": torch.zeros(4)},
+            {},
+            r"lora_magnitude_vector' \[4\] F32 does not fit 5 outputs",
+        ),
+        ({PREFIX + "m.fc.lora_B.bias": torch.zeros(5)}, {}, "a part of an adapter that is not understood"),
         (
             {PREFIX + "m.e.lora_embedding_A": torch.zeros(2, 5)},
             {},
-            "'base_model.model.m.e.lora_embedding_A' is LoRA of an embedding",
+            "'m.e' has lora_embedding_A but not its partner",
         ),
         (
             {PREFIX + "m.fd.lora_A.weight": torch.zeros(2, 3), PREFIX + "m.fd.lora_B.weight": torch.zeros(5, 2)},

@@ -216,7 +216,13 @@ def test_the_outer_gradient_takes_the_weights_as_constants(setting, monkeypatch)
     equation = Watched(network, base, experts)
     mask, batches = ConcreteMask(equation, 0.5, run.seed), Batches(run, tasks, 4)
     taken = []
-    monkeypatch.setattr(mask, "gradient", lambda *a: taken.append(g := ConcreteMask.gradient(mask, *a)) or g)
+
+    def kept(*arguments):
+        found = ConcreteMask.gradient(mask, *arguments)
+        taken.append({name: x.clone() for name, x in found.items()})  # the next write takes their place
+        return found
+
+    monkeypatch.setattr(mask, "gradient", kept)
     fit_mask(mask, weights_of(equation), batches, entropy, run, steps=1, lr=1e-9, inner_lr=0.1, patience=5)
     (_, (start, _), (adapted, _), _) = equation.written  # a look, the inner step, the outer step, a look
     assert not torch.equal(start, adapted)

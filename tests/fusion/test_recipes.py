@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from eutectic import cli, errors, registry
@@ -11,6 +12,7 @@ from eutectic.bench import zoo
 from eutectic.checkpoint.folder import open_folder
 from eutectic.checkpoint.hashed import fingerprint
 from eutectic.fusion import _fit
+from eutectic.fusion._folder import layers_of
 from eutectic.merge.recipe import load
 
 RECIPE = "method: {method}\nsuite: mini\nexperts: [digits8, letters]\nparameters: {{{parameters}}}\n"
@@ -41,9 +43,10 @@ def run(*arguments):
     return result
 
 
-@pytest.mark.parametrize("method", ["adamerging", "concrete_task_arithmetic"])
+@pytest.mark.parametrize("method", ["adamerging", "concrete_task_arithmetic", "wemoe", "e_wemoe", "smile"])
 def test_what_fuse_wrote_merge_writes_again_from_its_artefact(recipe, tmp_path, method):
-    assert run("fuse", recipe(method), tmp_path / "out").exit_code == 0
+    parameters = "rank: 2, gate_rank: 2" if method == "smile" else "steps: 2, batch_size: 2"
+    assert run("fuse", recipe(method, parameters), tmp_path / "out").exit_code == 0
     about = json.loads((tmp_path / "out" / "artefact" / "artefact.json").read_text())
     assert about["method"] == method
     assert about["protocol"] == "inductive"
@@ -52,6 +55,10 @@ def test_what_fuse_wrote_merge_writes_again_from_its_artefact(recipe, tmp_path, 
     again = recipe(method, "", "again.yaml", RECIPE.replace("parameters: {{{parameters}}}\n", ""), "artefact: out\n")
     assert run("merge", again, tmp_path / "again").exit_code == 0
     assert fingerprint(open_folder(tmp_path / "again")) == fingerprint(open_folder(tmp_path / "out"))
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
+    suite = zoo.open_suite("mini")
+    network = suite.backbone(open_folder(tmp_path / "out"), layers_of(tmp_path / "out"))
+    assert network(torch.zeros(2, 3, 42, 42)).shape == (2, 384)
 
 
 def test_an_interrupted_fit_is_carried_on_to_the_same_bits(recipe, tmp_path, monkeypatch):
@@ -101,3 +108,22 @@ def test_models_by_path_with_the_tasks_of_a_suite(tmp_path):
     )
     assert run("fuse", path, tmp_path / "out").exit_code == 0
     assert json.loads((tmp_path / "out" / "artefact" / "artefact.json").read_text())["tasks"] == ["letters"]
+
+
+def test_an_artefact_for_all_preferences_is_merged_at_another_without_a_fit(recipe, tmp_path):
+    first, more = RECIPE.replace("[digits8, letters]", "[letters, digits8]"), "steps: 2, batch_size: 2"
+    assert run("fuse", recipe("pwe_moe", more, text=first), tmp_path / "out").exit_code == 0
+    again = recipe("pwe_moe", "preference: [0.0, 1.0]", "again.yaml", first, "artefact: out\n")
+    assert run("merge", again, tmp_path / "again").exit_code == 0
+    assert json.loads((tmp_path / "again" / "eutectic.json").read_text())["recipe"]["parameters"]["preference"] == [0.0, 1.0]
+    whole = recipe("pwe_moe", more + ", preference: {digits8: 1}", "whole.yaml", first)
+    assert run("fuse", whole, tmp_path / "whole").exit_code == 0
+    assert fingerprint(open_folder(tmp_path / "again")) == fingerprint(open_folder(tmp_path / "whole"))
+    assert fingerprint(open_folder(tmp_path / "again")) != fingerprint(open_folder(tmp_path / "out"))
+    for parameters, says in (
+        ("preference: [0.2, 0.2]", "sum is 0.4, not 1"),
+        ("preference: [1.5, -0.5]", "-0.5 is negative"),
+        ("steps: 3", r"out: steps = 3, but the artefact was fitted with 2: leave it out"),
+    ):
+        with pytest.raises(errors.EutecticError, match=says):
+            run("merge", recipe("pwe_moe", parameters, "bad.yaml", first, "artefact: out\n"), tmp_path / "bad")

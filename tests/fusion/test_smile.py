@@ -8,13 +8,12 @@ import pytest
 import torch
 from tests.fusion.networks import base_of, experts_of, inputs_of, network_of
 from torch import nn
-from typer.testing import CliRunner
 
 import eutectic as eu
-from eutectic import cli
 from eutectic.checkpoint.base import Memory
+from eutectic.checkpoint.lora import Lora
 from eutectic.errors import CheckpointError, LayoutError, NonFiniteError, ParameterError
-from eutectic.fusion import _api, _routing
+from eutectic.fusion import _api, _lowrank, _routing
 from eutectic.fusion._routing import LowRankExperts
 
 FULL = 99
@@ -104,6 +103,20 @@ def test_at_full_rank_and_sent_to_one_expert_it_is_that_expert(kind, expert, mon
     assert (own - network(inputs)).abs().max() > 0.05
 
 
+def test_gpt2s_transposed_weights_are_routed_too(monkeypatch):
+    network, _ = network_of("gpt2")
+    base = eu.state_dict(base_of(network))
+    experts = {
+        name: Memory(base | {key: t for key, t in eu.state_dict(weights).items() if ".h." in key and t.ndim == 2})
+        for name, weights in experts_of(network).items()
+    }
+    mixture, inputs = fused(network, experts, rank=FULL), inputs_of("gpt2", 3)
+    assert len(mixture.artefact.about["layers"]) == 8
+    for expert, weights in enumerate(experts.values()):
+        forced(monkeypatch, expert)
+        torch.testing.assert_close(mixture(inputs), filled(network, weights)(inputs), rtol=0, atol=1e-8)
+
+
 def test_what_is_cut_off_is_what_the_smaller_singular_values_hold():
     network = mlp(widths=(12, 10))
     experts = experts_of(network, ("a",), noise=1)
@@ -131,6 +144,14 @@ def test_coefficients_are_of_the_best_and_sum_to_one():
     torch.testing.assert_close(_routing.coefficients(scores, 4), scores.softmax(-1))
 
 
+def layer_of(linear, right, left, gate, top):
+    """A routed layer with these factors."""
+    experts, directions, _ = right.shape
+    sizes = {"kind": "low_rank", "experts": experts, "directions": directions, "rank": left.shape[2], "gate": gate, "top": top}
+    shift = torch.zeros(experts, linear.out_features).to(left)
+    return _routing.routed(linear, {"": sizes}, Memory({"right": right, "left": left, "shift": shift}))
+
+
 def chosen(layer, tokens):
     """What each token's coefficients are, through a left factor that writes them out."""
     spy = copy.deepcopy(layer)
@@ -146,13 +167,13 @@ def chosen(layer, tokens):
 def test_a_token_on_one_experts_directions_chooses_it_however_long_it_is_and_however_they_are_turned():
     basis = torch.linalg.qr(x(8, 8))[0].T
     right = basis[:6].view(3, 2, 8)
-    layer = LowRankExperts(nn.Linear(8, 5, dtype=torch.float64), right, x(5, 3, 2), None, 2, 1)
+    layer = layer_of(nn.Linear(8, 5, dtype=torch.float64), right, x(5, 3, 2), 2, 1)
     tokens = torch.cat([x(4, 2, seed=i) @ right[i] for i in range(3)])
     expected = torch.eye(3, dtype=torch.float64).repeat_interleave(4, 0)
     assert torch.equal(chosen(layer, tokens), expected)
     assert torch.equal(chosen(layer, 1e-3 * tokens), expected)
     mixed, turn = x(40, 8), torch.linalg.qr(x(2, 2))[0]
-    turned = LowRankExperts(nn.Linear(8, 5, dtype=torch.float64), -turn @ right, x(5, 3, 2), None, 2, 1)
+    turned = layer_of(nn.Linear(8, 5, dtype=torch.float64), -turn @ right, x(5, 3, 2), 2, 1)
     assert torch.equal(chosen(layer, mixed), chosen(turned, mixed))
     assert len(chosen(layer, mixed).argmax(1).unique()) == 3
 
@@ -164,8 +185,9 @@ def test_a_layer_of_which_only_biases_changed_takes_their_mean_and_one_that_none
         state = eu.state_dict(weights)
         experts[name] = Memory(base | {"0.bias": state["0.bias"]} | {k: state[k] for k in ("4.weight", "4.bias")})
     mixture = fused(network, experts)
-    assert list(mixture.artefact.about["ranks"]) == ["0", "4"]
-    assert mixture.artefact.about["ranks"]["0"] == [0, 0, 0]
+    sizes = mixture.artefact.about["layers"]
+    assert list(sizes) == ["0", "4"]
+    assert (sizes["0"]["rank"], sizes["0"]["directions"]) == (0, 0)
     assert type(mixture[2]) is nn.Linear
     shift = torch.stack([e.read("0.bias") for e in experts.values()]).mean(0) - base["0.bias"]
     torch.testing.assert_close(mixture[0](x(3, 6)), network[0](x(3, 6)) + shift)
@@ -183,11 +205,10 @@ def test_an_expert_of_low_rank_is_held_in_that_rank_without_loss(dtype):
         {n: Memory({k: t.to(dtype) for k, t in eu.state_dict(e).items()}) for n, e in experts.items()},
     )
     mixture = fused(network, experts, rank=16, gate_rank=8)
+    assert mixture[0].right.shape == (2, 16, 24)
+    assert mixture[0].left.shape == (20, 2, 16)
     if dtype == torch.float32:  # in half precision what the expert was rounded to has every direction
-        assert mixture.artefact.about["ranks"]["0"] == [2, 3]
-        assert mixture[0].right.shape == (2, 3, 24)
-        assert mixture[0].left.shape == (20, 2, 3)
-        assert not mixture[0].right[0, 2].any()
+        assert [int(right.any(dim=1).sum()) for right in mixture[0].right] == [2, 3]
     layer = mixture[0]
     for at, expert in enumerate(experts.values()):
         delta = expert.read("0.weight").float() - network[0].weight.detach().float()
@@ -202,16 +223,17 @@ def test_a_layer_grows_as_the_formula_says(rank, gate_rank):
     grown = 0
     for m, n in shapes:
         linear = nn.Linear(n, m, device="meta")
-        right, left, shift = (torch.empty(*s, device="meta") for s in ((8, max(rank, gate_rank), n), (m, 8, rank), (8, m)))
-        layer = LowRankExperts(linear, right, left, shift, gate_rank, 1)
+        layer = LowRankExperts(linear, 8, max(rank, gate_rank), rank, gate_rank, 1)
         grown += sum(p.numel() for p in layer.parameters()) - sum(p.numel() for p in linear.parameters())
     papers = 96 * (6912 * gate_rank + 13824 * rank + 6912)
     assert grown == papers - 96 * 6912 * min(rank, gate_rank)  # that the gate has no product of its own
     network = mlp()
-    mixture = fused(network, experts_of(network))
+    experts = experts_of(network)
+    mixture = fused(network, experts)
     held = sum(p.numel() for p in mixture.parameters()) - sum(p.numel() for p in network.parameters())
     assert held == sum(2 * (3 * n + 3 * m + m) for m, n in ((8, 6), (5, 8)))
-    assert held == sum(spec.numel for spec in mixture.artefact.tensors.specs.values())
+    saved = _api.fused(base_of(network), experts, mixture.artefact)
+    assert held == sum(spec.numel for spec in saved.specs.values()) - sum(p.numel() for p in network.parameters())
 
 
 @pytest.mark.parametrize("kind", ["vit", "t5", "awkward"])
@@ -233,13 +255,11 @@ def test_no_model_is_changed_and_the_mixture_shares_nothing():
     mixture = fused(network, experts)
     assert not mixture.training
     assert not any(module.training for module in mixture.modules())
-    tensors = {key: mixture.artefact.tensors.read(key).clone() for key in mixture.artefact.tensors.specs}
     with torch.no_grad():
         for parameter in mixture.parameters():
             parameter.zero_()
     for model, state in zip(models, before, strict=True):
         assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    assert all(torch.equal(mixture.artefact.tensors.read(key), tensor) for key, tensor in tensors.items())
     assert network.training
     assert [p.requires_grad for p in network.parameters()] == [
         k != "frozen.weight" and k != "frozen.bias" for k, _ in network.named_parameters()
@@ -263,7 +283,7 @@ def test_layers_used_twice_and_a_network_that_is_one_layer():
     mixture = fused(network, experts_of(network))
     assert mixture["a"][0] is mixture["a"][2] is mixture["b"]
     assert isinstance(mixture["b"], LowRankExperts)
-    assert list(mixture.artefact.about["ranks"]) == ["a.0"]
+    assert list(mixture.artefact.about["layers"]) == ["a.0"]
     alone = fused(layer, experts_of(layer))
     assert isinstance(alone, LowRankExperts)
     assert alone.artefact.about["method"] == "smile"
@@ -279,16 +299,51 @@ def test_an_artefact_is_kept_and_applied_again(tmp_path):
     assert torch.equal(again(x(4, 6, dtype=torch.float32)), mixture(x(4, 6, dtype=torch.float32)))
     with pytest.raises(CheckpointError, match="is not the base"):
         _api.applied(copy.deepcopy(network), experts["a"], experts, loaded)
-    with pytest.raises(LayoutError, match=r"smile keeps its experts.*eutectic\.fuse"):
-        _api.fused(base_of(network), experts, loaded)
+
+
+def test_what_a_matrix_has_not_is_not_asked_of_it_and_the_artefact_says_so():
+    network = mlp()
+    experts = experts_of(network)
+    mixture = fused(network, experts, rank=FULL, gate_rank=FULL)
+    sizes = mixture.artefact.about["layers"]["0"]
+    assert {key: sizes[key] for key in ("rank", "directions", "gate")} == {"rank": 6, "directions": 6, "gate": 5}
+    tokens = x(60, 6)  # over all six directions of its inputs a token is equally long for both
+    assert len(chosen(mixture[0], tokens).argmax(1).unique()) == 2
+
+
+def test_an_expert_that_equals_the_base_is_never_chosen():
+    network = mlp()
+    mixture = fused(network, {"same": base_of(network)} | experts_of(network))
+    assert not chosen(mixture[0], x(60, 6))[:, 0].any()
+    assert not mixture[0].left[:, 0].any()
+
+
+def test_experts_that_are_adapters_are_held_in_their_rank_and_no_dense_matrix_is_decomposed(tmp_path, monkeypatch):
+    network = mlp(torch.float32)
+    base, experts = base_of(network), {}
+    for at, name in enumerate("ab"):
+        tensors = {}
+        for layer in ("0", "2"):
+            m, n = base.spec(f"{layer}.weight").shape
+            tensors[f"base_model.model.{layer}.lora_A.weight"] = x(2, n, seed=at, dtype=torch.float32)
+            tensors[f"base_model.model.{layer}.lora_B.weight"] = x(m, 2, seed=at + 5, dtype=torch.float32)
+        experts[name] = Lora(base, Memory(tensors), {"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+    whole = {name: Memory(eu.state_dict(expert)) for name, expert in experts.items()}
+    expected = fused(network, whole, rank=4, gate_rank=1)
+
+    def refuse(*_):
+        raise AssertionError("decomposed a dense matrix")
+
+    monkeypatch.setattr(_lowrank, "sketched", refuse)
+    mixture = fused(network, experts, rank=4, gate_rank=1)
+    assert mixture[0].left.shape == (8, 2, 2)
+    tokens = x(20, 6, dtype=torch.float32)
+    torch.testing.assert_close(mixture(tokens), expected(tokens), rtol=0, atol=1e-4)
 
 
 def test_what_cannot_be_kept_is_refused_by_name():
     network = mlp()
     experts = experts_of(network)
-    with pytest.raises(ParameterError, match=r"gate_rank = 6 takes all 6 directions .*'0\.weight'"):
-        fused(network, experts, gate_rank=6)
-    assert fused(network, {"a": experts["a"]}, gate_rank=6)  # one expert needs no choice
     with pytest.raises(LayoutError, match="no expert differs .* 2 linear layers"):
         fused(network, {"a": network, "b": network})
     with pytest.raises(LayoutError, match="no experts"):
@@ -301,12 +356,3 @@ def test_what_cannot_be_kept_is_refused_by_name():
         fused(layer, experts_of(layer))
     with pytest.raises(ParameterError, match="rest"):
         fused(network, experts, rest="sum")
-
-
-def test_the_command_refuses_at_once_and_leaves_nothing(tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("method: smile\nsuite: mini\n")
-    result = CliRunner().invoke(cli.app, ["fuse", str(recipe), str(tmp_path / "out")])
-    assert isinstance(result.exception, LayoutError)
-    assert "smile keeps its experts" in str(result.exception)
-    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

@@ -58,24 +58,36 @@ def test_vectors_read_from_files_fit_as_vectors_in_memory(network, tmp_path, met
         kept[name] = SafetensorsFile(tmp_path / name / "model.safetensors")
     models = ModelSet(network, kept.pop("base"), kept)
     found = {
-        storage: fit(method, models, tasks(), parameters, Run(storage=storage)).tensors
-        for storage in (None, torch.float32, torch.bfloat16)
+        storage: fit(method, models, tasks(), parameters, Run(storage=storage)).tensors for storage in (None, "files", "memory")
     }
-    exact, held, rounded = (tensors.read("weights") for tensors in found.values())
-    assert not torch.equal(exact, torch.full_like(exact, 0.3))
-    torch.testing.assert_close(exact, held, rtol=1e-4, atol=1e-5)
+    default, exact, rounded = (tensors.read("weights") for tensors in found.values())
+    assert torch.equal(default, exact)
+    assert not torch.equal(exact, rounded)
     torch.testing.assert_close(exact, rounded, rtol=0, atol=0.05)
-    assert found[None].specs == found[torch.bfloat16].specs
+    assert found["files"].specs == found["memory"].specs
 
 
-def test_only_vectors_that_are_not_held_are_read_again(network):
+@pytest.mark.parametrize(("storage", "chunk", "reads"), [(torch.bfloat16, 60, 0), (None, 60, 4), (None, 96, 0)])
+def test_only_large_vectors_that_are_not_held_are_read_again(network, monkeypatch, storage, chunk, reads):
+    monkeypatch.setattr(_weighted, "CHUNK", chunk)  # the matrices have 96 and 64 elements, nothing else more than 16
     base = Memory(copy.deepcopy(network.state_dict()))
-    for storage, again in ((torch.bfloat16, False), (None, True)):
-        experts = {name: Counted(expert_of(network, seed)) for seed, name in enumerate("ab")}
-        equation = Weighted(network, base, experts, storage)
-        before = experts["b"].reads
-        equation.write(torch.ones(equation.shape, dtype=torch.float64))
-        assert (experts["b"].reads > before) == again
+    experts = {name: Counted(expert_of(network, seed)) for seed, name in enumerate("ab")}
+    equation = Weighted(network, base, experts, storage)
+    before = experts["b"].reads
+    equation.write(torch.ones(equation.shape, dtype=torch.float64))
+    assert experts["b"].reads - before == reads
+
+
+@pytest.mark.parametrize("storage", [None, torch.float32])
+def test_vectors_are_the_same_wherever_they_are(network, monkeypatch, storage):
+    monkeypatch.setattr(_weighted, "CHUNK", 7)
+    start = copy.deepcopy(network.state_dict())
+    experts = {name: Memory(expert_of(network, seed)) for seed, name in enumerate("ab")}
+    equation = Weighted(network, Memory(start), experts, storage)
+    equation.write(torch.tensor([[0.5], [0.25]]).expand(equation.shape))
+    for name, tensor in network.state_dict().items():
+        a, b = (expert.read(name) - start[name] for expert in experts.values())
+        torch.testing.assert_close(tensor, start[name] + 0.5 * a + 0.25 * b)
 
 
 def test_a_base_that_is_the_network_itself_does_not_follow_it(network):

@@ -10,9 +10,11 @@ from torch import nn
 import eutectic as eu
 from eutectic.checkpoint.base import Memory
 from eutectic.errors import CheckpointError, LayoutError, ParameterError
-from eutectic.fusion import _api, _routing, wemoe
-from eutectic.fusion._fusion import ModelSet
-from eutectic.fusion._routing import DenseExperts, LeadingExperts, Shared
+from eutectic.fusion import _api, _mixing, _products, _routing
+from eutectic.fusion._fit import Batches
+from eutectic.fusion._fusion import ModelSet, Run
+from eutectic.fusion._routing import MergedExperts, gates
+from eutectic.task import Arrays, Task
 
 SHORT = {"steps": 1, "batch_size": 2}
 
@@ -27,7 +29,7 @@ def fused(models, tasks, **parameters):
 
 
 def routers(mixture):
-    return [module.router for module in mixture.modules() if isinstance(module, LeadingExperts)]
+    return [gate.router for gate in gates(mixture).values()]
 
 
 @torch.no_grad()
@@ -54,11 +56,11 @@ def spread(mixture):
     return mixture
 
 
-@pytest.mark.parametrize("kind", ["vit", "dinov2", "clip", "bert", "t5", "llama"])
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "clip", "bert", "gpt2", "t5", "llama"])
 def test_every_mlp_is_found_and_nothing_else_and_the_corners_are_exact(kind):
     models, tasks = models_of(kind)
     mixture, inputs = fused(models, tasks, hidden=1), inputs_of(kind, 3)
-    inside = [name for name, module in mixture.named_modules() if isinstance(module, DenseExperts)]
+    inside = [name for name, module in mixture.named_modules() if isinstance(module, MergedExperts)]
     assert len(routers(mixture)) == (4 if kind == "t5" else 2)
     assert len(inside) == len(routers(mixture)) * (3 if kind == "llama" else 2)
     assert not any("attention" in name.lower() or "attn" in name for name in inside)
@@ -81,8 +83,27 @@ def test_an_output_does_not_depend_on_what_else_is_in_the_batch(hidden, monkeypa
     torch.testing.assert_close(together.flip(0), mixture(inputs.flip(0)), rtol=0, atol=1e-12)
     found = routers(mixture)[0](torch.stack([inputs_of("vit", 2, seed=i).flatten()[:16] for i in range(4)]))
     assert found.std(0).min() > 0.05  # samples are told apart
-    monkeypatch.setattr(_routing, "CHUNK", 1000)
+    monkeypatch.setattr(_products, "TILE", 100)
     torch.testing.assert_close(mixture(inputs), together, rtol=0, atol=1e-12)
+
+
+def test_a_texts_output_does_not_depend_on_how_far_it_is_padded():
+    from eutectic.bench.backbones import MeanPooled
+
+    models, _ = models_of("bert")
+    network = MeanPooled(copy.deepcopy(models.network.model))
+    ids = torch.arange(1, 13).view(2, 6)
+    ids[0, 3:] = 0
+    models = ModelSet(network, base_of(network), experts_of(network))
+    tasks = [Task(name, torch.nn.Identity(), adapt=Arrays(ids, torch.zeros(2, dtype=torch.long))) for name in models.experts]
+    mixture = spread(fused(models, tasks))
+    together = mixture(ids)
+    torch.testing.assert_close(together[:1], mixture(ids[:1, :3]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(copy.deepcopy(mixture)(ids), together, rtol=0, atol=0)
+    block = next(iter(gates(mixture).values())).shared
+    block.padding.mask = None
+    x = torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(block.padding.mean(x), x.mean(1))
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 5), (4, 2, 3)])
@@ -91,8 +112,12 @@ def test_merging_matrices_is_the_sum_of_the_experts_outputs_with_its_gradient(sh
     torch.manual_seed(0)
     linear = nn.Linear(6, 5, bias=bias, dtype=torch.float64)
     D, d = torch.randn(3, 5, 6, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64) if bias else None
-    shared = Shared()
-    layer = DenseExperts(linear, D, d, shared)
+    layer = _routing.routed(
+        linear,
+        {"": {"kind": "dense", "experts": 3, "block": "only"}},
+        Memory({"deltas": D} | ({} if d is None else {"shift": d})),
+    )
+    shared = layer.shared
     x, c = torch.randn(*shape, 6, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     shared.c = c
     expected = []
@@ -104,7 +129,7 @@ def test_merging_matrices_is_the_sum_of_the_experts_outputs_with_its_gradient(sh
             shift += 0 if d is None else own[i] * d[i]
         expected.append(sample @ weight.T + shift)
     for chunk in (1, 1 << 20):
-        monkeypatch.setattr(_routing, "CHUNK", chunk)
+        monkeypatch.setattr(_products, "TILE", chunk)
         found = layer(x)
         torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-12)
         G = torch.randn(found.shape, dtype=torch.float64)
@@ -119,7 +144,7 @@ def test_merging_matrices_is_the_sum_of_the_experts_outputs_with_its_gradient(sh
 def test_only_routers_are_trained_and_what_they_are_fitted_to_falls(target):
     models, tasks = models_of("vit", torch.float32)
     before = eu.state_dict(models.base), [{k: t.clone() for k, t in eu.state_dict(e).items()} for e in models.experts.values()]
-    mixture = fused(models, tasks, target=target, steps=40, batch_size=4, lr=1e-2, hidden=2)
+    mixture = fused(models, tasks, target=target, steps=40, batch_size=4, lr=1e-2, hidden=2, start="scale")
     history = mixture.artefact.about["history"]
     assert [step for step, *_ in history] == [0, 20, 40]
     assert history[-1][2] < 0.98 * history[0][2]
@@ -131,15 +156,16 @@ def test_only_routers_are_trained_and_what_they_are_fitted_to_falls(target):
     for expert, kept in zip(models.experts.values(), before[1], strict=True):
         assert all(torch.equal(expert.read(name), tensor) for name, tensor in kept.items())
     trained = {key for key in mixture.artefact.tensors.specs}
-    assert trained == {f"model.layers.{i}:{at}.{key}" for i in (0, 1) for at in (0, 2) for key in ("weight", "bias")}
-    again = fused(models, tasks, target=target, steps=40, batch_size=4, lr=1e-2, hidden=2)
+    first = next(name for name in mixture.artefact.about["layers"])
+    assert {f"{first}.router.{at}.{key}" for at in (0, 2) for key in ("weight", "bias")} < trained
+    assert len(trained) == 8
+    again = fused(models, tasks, target=target, steps=40, batch_size=4, lr=1e-2, hidden=2, start="scale")
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in state.items())
 
 
 @pytest.mark.parametrize("hidden", [0, 1, 2])
 def test_routers_begin_at_the_scale_and_have_the_papers_size(hidden):
-    layer = nn.Linear(400, 3)
-    router = wemoe._router(layer, 8, hidden, 0.3, 0, "block")
+    router = _mixing.router_begun(400, 8, hidden, 0.3, 0, "block")
     size = {0: 8, 1: 8 * 400 + 8, 2: 400**2 + 400 + 8 * 400 + 8}[hidden]
     assert sum(p.numel() for p in router.parameters()) == size
     assert torch.equal(router[-1].bias, torch.full((8,), 0.3))
@@ -150,13 +176,45 @@ def test_routers_begin_at_the_scale_and_have_the_papers_size(hidden):
     if hidden == 2:
         assert not router[0].bias.any()
     assert not torch.equal(
-        wemoe._router(layer, 8, 1, 0.3, 1, "block")[0].weight, wemoe._router(layer, 8, 1, 0.3, 0, "block")[0].weight
+        _mixing.router_begun(400, 8, 1, 0.3, 1, "block")[0].weight, _mixing.router_begun(400, 8, 1, 0.3, 0, "block")[0].weight
     )
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_routers_begin_where_they_tell_the_tasks_apart(kind):
+    models, tasks = models_of(kind)
+    tasks = tasks_of(kind, models.network(inputs_of(kind, 1)).shape[1], n=40)
+    begun = fused(models, tasks, hidden=1, lr=1e-12)
+    known = Batches(Run(), tasks, 2)
+    inputs = {task.name: known.inputs(task, known.learn[task.name]) for task in tasks}
+    seen: dict[int, list[torch.Tensor]] = {}
+    hooks = [
+        g.register_forward_pre_hook(lambda m, args: seen.setdefault(id(m), []).append(args[0].mean(1)))
+        for g in gates(begun).values()
+    ]
+    with torch.no_grad():
+        for one in inputs.values():
+            begun(one)
+    for hook in hooks:
+        hook.remove()
+    wanted = torch.eye(2, dtype=torch.float64).repeat_interleave(30, 0)  # ten are held out
+    for gate in gates(begun).values():
+        features = torch.cat(seen[id(gate)])
+        # the same regression, centred: the bias is free
+        x, y = features - features.mean(0), wanted - wanted.mean(0)
+        gram = features.T @ features
+        solution = torch.linalg.solve(x.T @ x + _mixing.RIDGE * gram.diagonal().mean() * torch.eye(16).double(), x.T @ y)
+        torch.testing.assert_close(gate.router[0].weight, solution.T, rtol=1e-5, atol=1e-8)
+        c = gate.router(features)
+        torch.testing.assert_close(c.mean(0), torch.tensor([0.5, 0.5], dtype=torch.float64), rtol=0, atol=1e-8)
+        assert (c * wanted).sum(1).mean() > (c * (1 - wanted)).sum(1).mean() + 0.05
+    deep = fused(models, tasks, hidden=0)
+    assert all(torch.allclose(gate.router[0].bias, torch.tensor(0.3).double(), atol=2e-3) for gate in gates(deep).values())
 
 
 def test_the_network_is_the_base_and_each_experts_mlps_and_the_routers():
     models, tasks = models_of("vit")
-    mixture = fused(models, tasks)
+    mixture = fused(models, tasks, hidden=2)
     count = sum(p.numel() for p in models.network.parameters())
     inside = sum(p.numel() for name, p in models.network.named_parameters() if ".mlp." in name)
     assert sum(p.numel() for p in mixture.parameters()) == count + 2 * inside + 2 * (16**2 + 16 + 2 * 16 + 2)
@@ -174,11 +232,13 @@ def test_an_artefact_of_routers_is_kept_and_applied_again_and_a_mixture_can_be_c
     assert torch.equal(copied(inputs), expected)
     set_to(mixture, [0.0, 1.0])
     assert torch.equal(copied(inputs), expected)
-    with pytest.raises(LayoutError, match="wemoe keeps its experts"):
-        _api.fused(models.base, models.experts, loaded)
-    other = loaded._replace(about=dict(loaded.about) | {"blocks": ["x"]})
-    with pytest.raises(CheckpointError, match="other blocks"):
+    layers = dict(loaded.about["layers"])
+    other = loaded._replace(about=dict(loaded.about) | {"layers": layers | {"x": {}}})
+    with pytest.raises(CheckpointError, match="no tensor 'x.weight'"):
         _api.applied(copy.deepcopy(models.network), models.base, models.experts, other)
+    broken = loaded._replace(about=dict(loaded.about) | {"layers": {name: {"kind": "odd"} for name in layers}})
+    with pytest.raises(LayoutError, match="no routed layer is described by"):
+        _api.applied(copy.deepcopy(models.network), models.base, models.experts, broken)
 
 
 def test_blocks_are_found_by_name_too_and_refused_with_what_there_is():
@@ -186,8 +246,8 @@ def test_blocks_are_found_by_name_too_and_refused_with_what_there_is():
     with pytest.raises(LayoutError, match="no linear layer is called like .* there are first, twin, again, frozen"):
         fused(models, tasks)
     mixture = fused(models, tasks, blocks="(fir|fro).*")
-    assert isinstance(mixture.first, LeadingExperts)
-    assert isinstance(mixture.frozen, LeadingExperts)
+    assert mixture.first.router is not None
+    assert mixture.frozen.router is not None
     assert type(mixture.twin) is nn.Linear
     with pytest.raises(ParameterError, match="no regular expression"):
         fused(models, tasks, blocks="(")
@@ -221,6 +281,7 @@ def test_the_suites_own_transformer_is_routed():
     network = ViT(config | {"layer_norm_eps": 1e-6}).double().eval()
     models = ModelSet(network, base_of(network), experts_of(network))
     mixture = fused(models, tasks_of("vit", 16, n=8))
-    assert list(mixture.artefact.about["blocks"]) == ["encoder.layer.0", "encoder.layer.1"]
-    assert sum(isinstance(module, DenseExperts) for module in mixture.modules()) == 4
+    blocks = {about["block"] for about in mixture.artefact.about["layers"].values()}
+    assert blocks == {"encoder.layer.0", "encoder.layer.1"}
+    assert sum(isinstance(module, MergedExperts) for module in mixture.modules()) == 4
     assert mixture(inputs_of("vit", 2)).shape == (2, 16)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from eutectic.bench.vit import ViT
 from eutectic.checkpoint.base import Checkpoint
-from eutectic.checkpoint.spec import TensorSpec, require_same_layout
 from eutectic.errors import CheckpointError, MissingDependencyError
+from eutectic.fusion._folder import filled
+from eutectic.fusion._routing import Description, routed
 
 
 class MeanPooled(nn.Module):
@@ -49,8 +49,12 @@ def _bert(config: Mapping[str, Any], pooling: str) -> nn.Module:
 BUILDERS: dict[str, Callable[[Mapping[str, Any], Any], nn.Module]] = {"dinov2": ViT, "bert": _bert}
 
 
-def backbone(config_file: Path, weights: Checkpoint, pooling: str) -> nn.Module:
+def backbone(
+    config_file: Path, weights: Checkpoint, pooling: str, layers: Mapping[str, Description] | None = None
+) -> nn.Module:
     """An evaluation-mode network with these weights; ``pooling`` ("cls" or "mean") says which tokens are the features.
+
+    ``layers`` describes those that are routed, if there are any.
 
     Raises CheckpointError for a config that is missing or of an unknown ``model_type``, LayoutError if the weights do not fit.
     """
@@ -61,16 +65,4 @@ def backbone(config_file: Path, weights: Checkpoint, pooling: str) -> nn.Module:
     build = BUILDERS.get(config.get("model_type"))
     if build is None:
         raise CheckpointError(f"{config_file}: model_type {config.get('model_type')!r} is none of {', '.join(BUILDERS)}")
-    network = build(config, pooling).eval()
-    fill(network, weights)
-    return network
-
-
-@torch.no_grad()
-def fill(network: nn.Module, weights: Checkpoint) -> None:
-    """Copy a checkpoint into a network of the same layout, in place.  Raises LayoutError if they differ."""
-    state = network.state_dict()
-    layout = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    require_same_layout(layout, weights.specs, "the network", weights.origin, any_float=True)
-    for name, tensor in state.items():
-        tensor.copy_(weights.read(name))
+    return filled(routed(build(config, pooling), layers or {}, weights), weights).eval()

@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from eutectic import record, registry
-from eutectic.bench.backbones import fill
 from eutectic.bench.suite import Suite
 from eutectic.bench.zoo import open_suite
 from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.checkpoint.views import Lerp
 from eutectic.errors import LayoutError, RecipeError, TaskError
-from eutectic.fusion._api import fit, fused, require_weights
-from eutectic.fusion._fusion import ModelSet, Protocol, Run
+from eutectic.fusion._api import fit, fused
+from eutectic.fusion._api import method as fusion_method
+from eutectic.fusion._folder import filled
+from eutectic.fusion._fusion import Artefact, ModelSet, Protocol, Run
+from eutectic.fusion._routing import Description
 from eutectic.merge.api import state_dict
 from eutectic.merge.recipe import Recipe
 from eutectic.merge.run import bind
@@ -81,11 +83,12 @@ class Choice(NamedTuple):
 
 
 class Made(NamedTuple):
-    """Weights, fields of the records of them, and how long it took to make them."""
+    """Weights, fields of the records of them, how long it took to make them, and which layers of the network are routed."""
 
     weights: Checkpoint
     fields: Mapping[str, Any]
     wall_s: float = 0.0
+    layers: Mapping[str, Description] = {}
 
 
 def run_suite(
@@ -104,20 +107,20 @@ def run_suite(
     require(suite, choices, list(suite.classes))  # what cannot be fused is refused before an hour of scoring
     network = suite.backbone()
     for row in references(suite, suite.tasks):
-        yield from scored(network, row, suite.tasks, progress, {"protocol": "inductive"})
+        yield from scored(suite, row, suite.tasks, progress, {"protocol": "inductive"})
     for choice in choices:
         fitted = registry.room_of(choice.method) == "fusion"
         runs = [Run(seed, protocol) for protocol in protocols for seed in seeds] if fitted else [Run()]
         for run in runs:
             made = make(suite, network, suite.tasks, run, progress, choice)
-            yield from scored(network, dict.fromkeys(suite.classes, made), suite.tasks, progress, made.fields)
+            yield from scored(suite, dict.fromkeys(suite.classes, made), suite.tasks, progress, made.fields)
 
 
 def require(suite: Suite, choices: Sequence[Choice], experts: Sequence[str]) -> None:
     """Refuse what cannot be fused: UnknownNameError, ParameterError, LayoutError."""
     for method, parameters in choices:
         if registry.room_of(method) == "fusion":
-            require_weights(method, parameters)
+            fusion_method(method, parameters)
         else:
             merge_suite(suite, method, parameters, list(experts))
 
@@ -129,31 +132,42 @@ def make(suite: Suite, network: nn.Module, tasks: Sequence[Task], run: Run, prog
     """
     record.reset_peak_rss()
     started = time.perf_counter()
-    names = [task.name for task in tasks]
+    names, layers = [task.name for task in tasks], {}
     method, parameters = choice
     if registry.room_of(method) == "fusion":
-        experts = suite.experts(names)
-        told = functools.partial(_told, progress, f"{choice.label}, {run.protocol}, seed {run.seed}")
-        artefact = fit(
-            method, ModelSet(suite.backbone(), suite.base, experts), tasks, parameters, dataclasses.replace(run, progress=told)
-        )
-        weights, parameters, notes = fused(suite.base, experts, artefact), artefact.about["parameters"], ""
+        artefact = fitted(suite, tasks, run, progress, choice)
+        weights, parameters, notes = fused(suite.base, suite.experts(names), artefact), artefact.about["parameters"], ""
+        layers = artefact.about.get("layers", {})
     else:
         given = Recipe(method=method, parameters=dict(parameters), seed=run.seed).bound_parameters()
         weights, notes = choose(suite, network, method, tasks, given, progress)
         parameters = weights.parameters
+    fields = described(suite, names, run, choice.label, method, parameters) | {"notes": notes}
+    return Made(Memory(state_dict(weights)), fields, time.perf_counter() - started, layers)
+
+
+def fitted(suite: Suite, tasks: Sequence[Task], run: Run, progress: Progress, choice: Choice) -> Artefact:
+    """What a method is fitted to of the tasks' experts; it sees these tasks and no other."""
+    told = functools.partial(_told, progress, f"{choice.label}, {run.protocol}, seed {run.seed}")
+    models = ModelSet(suite.backbone(), suite.base, suite.experts([task.name for task in tasks]))
+    return fit(choice.method, models, tasks, choice.parameters, dataclasses.replace(run, progress=told))
+
+
+def described(
+    suite: Suite, names: Sequence[str], run: Run, label: str, method: str, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What records say of weights that a method made of some experts."""
     recipe = Recipe(
         method=method,
         suite=suite.name,
-        experts={} if names == list(suite.classes) else {str(at): name for at, name in enumerate(names)},
+        experts={} if list(names) == list(suite.classes) else {str(at): name for at, name in enumerate(names)},
         parameters=dict(parameters),
         seed=run.seed,
         protocol=run.protocol,
     )
-    fields = {"method": choice.label, "parameters": parameters, "recipe_sha256": recipe.sha256(), "notes": notes}
+    fields = {"method": label, "parameters": parameters, "recipe_sha256": recipe.sha256()}
     fields |= {"seed": run.seed, "protocol": run.protocol, "suite": suite.name}
-    inputs = {name: suite.fingerprints[name] for name in ("base", *names)}
-    return Made(Memory(state_dict(weights)), fields | {"inputs": inputs}, time.perf_counter() - started)
+    return fields | {"inputs": {name: suite.fingerprints[name] for name in ("base", *names)}}
 
 
 def references(suite: Suite, tasks: Sequence[Task]) -> Iterator[dict[str, Made]]:
@@ -168,7 +182,7 @@ def references(suite: Suite, tasks: Sequence[Task]) -> Iterator[dict[str, Made]]
 
 
 def scored(
-    network: nn.Module,
+    suite: Suite,
     row: Mapping[str, Made],
     tasks: Sequence[Task],
     progress: Progress,
@@ -180,13 +194,12 @@ def scored(
     ``split`` is what the records call the test set.
     """
     found: list[Record] = []
-    held = None
+    held, network = None, None
     for task in tasks:
         made = row[task.name]
         progress(f"{made.fields['method']}: {task.name}, {split}")
-        if made is not held:
-            fill(network, made.weights)
-            held = made
+        if network is None or made is not held:
+            held, network = made, suite.backbone(made.weights, made.layers)
         found += evaluate(network, [task], **{**made.fields, **common})
     found = [dataclasses.replace(one, split=split) for one in found]
     mean = record.mean_of(found)
@@ -221,7 +234,7 @@ def choose(
         scores = []
         for number, merged in enumerate(_candidates(suite, method, candidates, experts, given), start=1):
             progress(f"{method}: choosing on val, {number} of {len(candidates)}")
-            fill(network, merged)
+            filled(network, merged)
             scores.append(sum(task.score(network, "val").value for task in tasks) / len(tasks))
         chosen = candidates[max(range(len(candidates)), key=scores.__getitem__)]
         notes = f"{chosen} chosen on val among {len(candidates)} candidates"

@@ -12,26 +12,23 @@ from eutectic.bench.evaluate import suite_models
 from eutectic.bench.suite import Suite
 from eutectic.bench.zoo import open_suite
 from eutectic.checkpoint.base import Checkpoint
-from eutectic.errors import RecipeError, did_you_mean
-from eutectic.fusion._api import fit, fused, load_artefact, require_weights
+from eutectic.errors import ParameterError, RecipeError, did_you_mean
+from eutectic.fusion._api import fit, fused, load_artefact, with_parameters
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.merge.compose import Composed
 from eutectic.merge.recipe import Recipe
 from eutectic.merge.run import opened
-from eutectic.methods._method import validated
 
 
 def fit_recipe(recipe: Recipe, folder: Path, run: Run) -> Artefact:
     """Fit what a recipe says, paths relative to ``folder``.
 
-    Raises RecipeError if it names an artefact, or neither a suite nor tasks, LayoutError for a method that keeps its experts,
-    and what fitting raises.
+    Raises RecipeError if it names an artefact, or neither a suite nor tasks, and what fitting raises.
     """
     if not recipe.is_fitted:
         raise RecipeError(f"{recipe.method} is fitted to nothing: `eutectic merge` runs the recipe")
     if recipe.artefact is not None:
         raise RecipeError("the recipe has an `artefact`, so it is fitted already: `eutectic merge` applies it")
-    require_weights(recipe.method, recipe.parameters)
     named = recipe.suite or recipe.tasks
     if named is None:
         raise RecipeError(f"{recipe.method} is fitted to data: name a `suite`, or a `base`, `experts` and `tasks`")
@@ -58,16 +55,17 @@ def applied(recipe: Recipe, folder: Path, artefact: Artefact | None = None) -> t
         artefact = load_artefact(folder / recipe.artefact)
         if artefact.about["method"] != recipe.method:
             raise RecipeError(f"{recipe.artefact}: was fitted by {artefact.about['method']}, not by {recipe.method}")
+    origin = recipe.artefact or "the artefact"
+    try:
+        artefact = with_parameters(artefact, recipe.parameters)
+    except ParameterError as error:
+        raise RecipeError(f"{origin}: {error}: leave it out of `parameters`, or fit anew") from None
+    for key in {"seed", "protocol"} & recipe.model_fields_set:
+        if getattr(recipe, key) != artefact.about[key]:
+            raise RecipeError(f"{origin} was fitted with other {key}: leave out `{key}`, or fit anew")
     base, experts = _models(recipe, folder)
-    merged = fused(base, experts, artefact)
     facts = {key: artefact.about[key] for key in ("parameters", "seed", "protocol")}
-    for key in facts.keys() & recipe.model_fields_set:
-        said = validated(recipe.method, recipe.parameters) if key == "parameters" else getattr(recipe, key)
-        if said != facts[key]:
-            raise RecipeError(
-                f"{recipe.artefact or 'the artefact'} was fitted with other {key}: leave out `{key}`, or fit anew"
-            )
-    return recipe.model_copy(update=facts), merged
+    return recipe.model_copy(update=facts), fused(base, experts, artefact)
 
 
 def _models(recipe: Recipe, folder: Path) -> tuple[Checkpoint, Mapping[str, Checkpoint]]:

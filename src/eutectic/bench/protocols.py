@@ -71,7 +71,7 @@ def generalisation(
         known, run = tasks[: len(seen)], Run(seed, protocol)
         made = (make(suite, network, known, run, progress, choice) for choice in choices)
         for row in itertools.chain(references(suite, tasks), (dict.fromkeys((*seen, *unseen), one) for one in made)):
-            *records, mean = scored(network, row, tasks, progress, common)
+            *records, mean = scored(suite, row, tasks, progress, common)
             parts = [_noted(one, "seen" if one.task in seen else "unseen") for one in records]
             yield from parts
             yield record.mean_of(parts[: len(seen)], "mean of seen")
@@ -107,7 +107,7 @@ def robustness(
 
     def scores(row: Mapping[str, Made], on: Sequence[Task], split: str, adapted: str) -> list[Record]:
         common = {"seed": seed, "protocol": f"robustness: adapted to {adapted} inputs; {protocol}"}
-        return scored(network, row, on, progress, common, split)
+        return scored(suite, row, on, progress, common, split)
 
     made = (make(suite, network, clean, run, progress, choice) for choice in choices)
     for row in itertools.chain(references(suite, clean), (dict.fromkeys(names, one) for one in made)):

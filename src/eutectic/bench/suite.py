@@ -29,6 +29,7 @@ from eutectic.checkpoint.lora import open_lora
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.views import Cast
 from eutectic.errors import TaskError, UnknownNameError, did_you_mean
+from eutectic.fusion._routing import Description
 from eutectic.task import SPLITS, Arrays, Task
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 was trained
@@ -84,9 +85,9 @@ class Suite:
         weights = {"base": self.base} | self.experts()
         return {name: fingerprint(checkpoint) for name, checkpoint in weights.items()}
 
-    def backbone(self, weights: Checkpoint | None = None) -> nn.Module:
-        """The network in evaluation mode with the given weights, θ₀ by default."""
-        return backbone(self.folder / "base" / "config.json", weights or self.base, self.info["settings"]["pooling"])
+    def backbone(self, weights: Checkpoint | None = None, layers: Mapping[str, Description] | None = None) -> nn.Module:
+        """The network in evaluation mode with the given weights, θ₀ by default, and the given layers routed."""
+        return backbone(self.folder / "base" / "config.json", weights or self.base, self.info["settings"]["pooling"], layers)
 
     def _require(self, task: str) -> None:
         if task not in self.classes:

@@ -27,6 +27,14 @@ class Span(NamedTuple):
     stop: int
 
 
+class Thin(NamedTuple):
+    """A matrix as start + left · right, of ``[m, n]``, ``[m, r]`` and ``[r, n]``."""
+
+    start: Tensor
+    left: Tensor
+    right: Tensor
+
+
 class Turn:
     """A lock that its holder may take again; a copy made by pickling has one of its own."""
 
@@ -104,6 +112,10 @@ class Checkpoint(ABC):
         """
         flats = [self._read(*span) for span in spans]
         return flats[0] if len(flats) == 1 else torch.cat(flats)
+
+    def thin(self, name: str) -> Thin | None:
+        """A matrix, before it is rounded, as another and the product of two thin ones, where it is made so; None elsewhere."""
+        return None
 
     def grain(self, name: str) -> int:
         """How many elements of a tensor are best read together: fewer would cost as much."""

@@ -13,7 +13,8 @@ import torch
 
 from eutectic.checkpoint._files import inside, read_json
 from eutectic.checkpoint.base import Checkpoint
-from eutectic.checkpoint.lora import CONFIG_FILE, open_lora
+from eutectic.checkpoint.lora import open_lora
+from eutectic.checkpoint.peft import CONFIG_FILE
 from eutectic.checkpoint.safetensors import SafetensorsFile, Sharded
 from eutectic.checkpoint.writer import explained
 from eutectic.errors import CheckpointError, MissingDependencyError
@@ -174,16 +175,26 @@ def _weights_file(folder: Path, names: list[str]) -> str:
 
 
 def _open_adapter(folder: Path) -> Checkpoint:
-    """A PEFT folder over its base: beside the adapter if it is there, else a path as it stands; nothing is downloaded."""
+    """A PEFT folder over its base; nothing is downloaded."""
+    base = adapter_base(folder)
+    if base is None:
+        named = read_json(inside(folder, CONFIG_FILE)).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{folder}: its base {named!r} is no local path. Download it (from_hub), and open the adapter with open_lora over "
+            "it, or name it as the `base` of a recipe."
+        )
+    return open_lora(folder, open_folder(base) if base.is_dir() else open_path(base))
+
+
+def adapter_base(folder: Path) -> Path | None:
+    """The base that a PEFT folder names: beside the adapter if it is there, else a path as it stands; None if neither is.
+
+    Raises CheckpointError if it names none.
+    """
     named = read_json(inside(folder, CONFIG_FILE)).get("base_model_name_or_path")
     if not isinstance(named, str) or not named or "\0" in named:
         raise CheckpointError(f"{folder}: its {CONFIG_FILE} names no base. Open it with open_lora over its base.")
-    for base in (folder / named, Path(named)):
-        if _exists(base):
-            return open_lora(folder, open_folder(base) if base.is_dir() else open_path(base))
-    raise CheckpointError(
-        f"{folder}: its base {named!r} is no local path. Download it (from_hub), and open the adapter with open_lora over it."
-    )
+    return next((base for base in (folder / named, Path(named)) if _exists(base)), None)
 
 
 def _exists(path: Path) -> bool:

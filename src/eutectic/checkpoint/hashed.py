@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, final
 from blake3 import blake3
 from torch import Tensor
 
-from eutectic.checkpoint.base import Checkpoint, Span, Spread, element_bytes
+from eutectic.checkpoint.base import Checkpoint, Span, Spread, Thin, element_bytes
 from eutectic.checkpoint.spec import Layout
 
 #: Elements of a leaf.  Those that lie within a read as a whole are hashed as they pass.
@@ -62,6 +62,10 @@ class Hashed(Checkpoint):
                 leaves.update(enumerate(leaf_hashes(data[low * size : high * size], size), first))
             at += stop - start
         return flat
+
+    def thin(self, name: str) -> Thin | None:
+        """As below; what is read for it is not hashed."""
+        return self._below.thin(name)
 
     def prepare(self, names: Sequence[str], spread: Spread = map) -> None:
         """As below."""

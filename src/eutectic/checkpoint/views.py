@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.base import Checkpoint, Spread
+from eutectic.checkpoint.base import Checkpoint, Spread, Thin
 from eutectic.checkpoint.spec import Layout, require_same_layout
 from eutectic.errors import CheckpointError, LayoutError, did_you_mean
 
@@ -49,6 +49,10 @@ class Rename(Checkpoint):
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         return self._below._read(self._old[name], start, stop)
 
+    def thin(self, name: str) -> Thin | None:
+        """As below."""
+        return self._below.thin(self._old[name])
+
     def close(self) -> None:
         """Close the checkpoint below."""
         self._below.close()
@@ -76,6 +80,11 @@ class Cast(Checkpoint):
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         return self._below._read(name, start, stop).to(self._specs[name].dtype)
+
+    def thin(self, name: str) -> Thin | None:
+        """As below, with what it starts from cast."""
+        found = self._below.thin(name)
+        return None if found is None else found._replace(start=found.start.to(self._specs[name].dtype))
 
     def close(self) -> None:
         """Close the checkpoint below."""
@@ -114,6 +123,10 @@ class Select(Checkpoint):
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         return self._below._read(name, start, stop)
 
+    def thin(self, name: str) -> Thin | None:
+        """As below."""
+        return self._below.thin(name)
+
     def close(self) -> None:
         """Close the checkpoint below."""
         self._below.close()
@@ -139,6 +152,10 @@ class Overlay(Checkpoint):
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         return self._of(name)._read(name, start, stop)
+
+    def thin(self, name: str) -> Thin | None:
+        """That of the one whose tensor it is."""
+        return self._of(name).thin(name)
 
     def grain(self, name: str) -> int:
         """That of the one whose tensor it is."""

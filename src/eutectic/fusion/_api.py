@@ -22,12 +22,16 @@ from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.save import Progress, save_tensors, silent
 from eutectic.checkpoint.spec import require_same_layout
-from eutectic.errors import CheckpointError, LayoutError, TaskError
+from eutectic.checkpoint.views import Select
+from eutectic.errors import CheckpointError, LayoutError, ParameterError, TaskError
 from eutectic.fusion._fit import processes
+from eutectic.fusion._folder import mixture_config
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Protocol, Run
 from eutectic.fusion._losses import fill
+from eutectic.fusion._routing import routed
 from eutectic.merge.api import Source, open
 from eutectic.merge.compose import Composed, Outcome
+from eutectic.merge.upcycle import Mixture
 from eutectic.methods._method import validated
 from eutectic.task import Task
 
@@ -43,7 +47,8 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
     """Fit a method; the artefact says how, and for which models.
 
     With ``run.folder`` the state is kept in a folder of its own there, which the same call takes up again.
-    Raises LayoutError for experts that do not fit the base, TaskError, ParameterError, NonFiniteError.
+    Raises LayoutError for experts that do not fit the base, TaskError, ParameterError, NonFiniteError; StoppedError, which has
+    the last good artefact, for a loss that is not finite after some good steps.
     """
     fusion = method(name, parameters)
     _require_fitting(name, models, tasks, fusion.least_tasks)
@@ -61,12 +66,18 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
     }
     if run.folder is not None:
         # experts in their order: that is the order of what is fitted
-        said = [about, list(hashes), run.device, str(run.storage)]
+        bound = {key: value for key, value in about["parameters"].items() if key not in fusion.free}
+        said = [about | {"parameters": bound}, list(hashes), run.device, str(run.held)]
         run = run.within(run.folder / hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16])
     heads = [task.head for task in tasks if isinstance(task.head, nn.Module)]
     with processes(run.device), _lent(models.network), _frozen(heads, run.device), torch.enable_grad():
         found = fusion.fit(models, tasks, run)
-    return Artefact(found.tensors, about | dict(found.about))
+    artefact = Artefact(found.tensors, about | dict(found.about))
+    if run.stopped:
+        error = run.stopped.pop()
+        error.artefact = artefact
+        raise error
+    return artefact
 
 
 def _require_fitting(name: str, models: ModelSet, tasks: Sequence[Task], least_tasks: int) -> None:
@@ -118,22 +129,39 @@ def _lent(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag).grad = None
 
 
-def require_weights(name: str, parameters: Mapping[str, Any]) -> Fusion:
-    """As ``method``, for one whose result has the base's layout.  Raises LayoutError for one that keeps its experts."""
-    bound = method(name, parameters)
-    if bound.network is not None:
-        raise LayoutError(f"{name} keeps its experts, so its result has not the base's layout: use `eutectic.fuse` in Python")
-    return bound
+def with_parameters(artefact: Artefact, parameters: Mapping[str, Any]) -> Artefact:
+    """The artefact, to be applied with these of the parameters that its fit did not depend on.
+
+    Raises ParameterError for another value of a parameter that it did depend on, and for values that the method refuses.
+    """
+    name, fitted = artefact.about["method"], artefact.about["parameters"]
+    given = validated(name, {**fitted, **parameters})
+    for key in parameters:
+        if given[key] != fitted[key] and key not in method(name, given).free:
+            raise ParameterError(f"{key} = {given[key]!r}, but the artefact was fitted with {fitted[key]!r}", (key,))
+    return artefact._replace(about={**artefact.about, "parameters": given})
+
+
+def unloaded(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact, preference: Mapping[str, float] | Sequence[float]
+) -> Composed:
+    """The dense weights of one preference, lazily, of an artefact that was fitted for all of them (``pwe_moe``).
+
+    ``preference`` has a weight for each expert in order, or by name.  Raises ParameterError for one that is negative or does
+    not sum to 1, and as ``fused`` does.
+    """
+    given = dict(preference) if isinstance(preference, Mapping) else list(preference)
+    return fused(base, experts, with_parameters(artefact, {"preference": given}))
 
 
 def fused(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Composed:
     """The weights that an artefact makes of the models that it was fitted for, lazily.
 
-    Raises CheckpointError if these are other models, ParameterError for an artefact of other parameters, LayoutError for a
-    method that keeps its experts.
+    With those of routed layers if the method keeps its experts; a folder of them can be loaded.
+    Raises CheckpointError if these are other models, ParameterError for an artefact of other parameters.
     """
     _require_models(base, experts, artefact)
-    bound = require_weights(artefact.about["method"], artefact.about["parameters"])
+    bound = method(artefact.about["method"], artefact.about["parameters"])
     return Composed(
         {"base": base} | dict(experts),
         functools.partial(_outcome, bound, artefact),
@@ -149,8 +177,9 @@ def applied(network: nn.Module, base: Checkpoint, experts: Mapping[str, Checkpoi
     """
     _require_models(base, experts, artefact)
     bound = method(artefact.about["method"], artefact.about["parameters"])
-    fill(network, bound.build(base, experts, artefact))
-    made = network if bound.network is None else bound.network(network, base, experts, artefact)
+    weights = bound.build(base, experts, artefact)
+    made = routed(network, artefact.about.get("layers", {}), weights)
+    fill(made, Select(weights, base.specs.__contains__))  # routed layers have taken the rest
     object.__setattr__(made, "artefact", artefact)  # no tensor, so no business of the module's
     return made.eval()
 
@@ -167,7 +196,10 @@ def _require_models(base: Checkpoint, experts: Mapping[str, Checkpoint], artefac
 
 def _outcome(bound: Fusion, artefact: Artefact, inputs: Mapping[str, Checkpoint]) -> Outcome:
     experts = {name: model for name, model in inputs.items() if name != "base"}
-    return Outcome(bound.build(inputs["base"], experts, artefact), "base", {})
+    layers, mixture = artefact.about.get("layers"), None
+    if layers is not None:
+        mixture = Mixture(tuple(experts), artefact.about["parameters"], 1, functools.partial(mixture_config, layers=layers))
+    return Outcome(bound.build(inputs["base"], experts, artefact), "base", {}, mixture=mixture)
 
 
 def fuse(

@@ -46,6 +46,13 @@ def vectors(
     return {name: Merged(method, base, experts, given | {"weights": unit}) for name, unit in zip(experts, units, strict=True)}
 
 
+def equation_over(method: str, parameters: Mapping[str, Any] | None, models: ModelSet, run: Run) -> Weighted:
+    """The equation over what a method makes of each expert.  Raises as ``vectors`` and ``Weighted`` do."""
+    given = vectors(method, parameters, models.base, models.experts)
+    # what is made of an expert would be made again each time that it is read
+    return Weighted(models.network, models.base, given, run.held if method == "task_arithmetic" else torch.bfloat16)
+
+
 class Shaped(Checkpoint):
     """Flat tensors of another checkpoint, in the shapes and under the names of these; tied tensors share one."""
 
@@ -116,8 +123,7 @@ def fitted_to(
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
         batches = Batches(run, tasks, batch_size)
         loss = loss_of(models, tasks, run)
-        given = vectors(method, parameters, models.base, models.experts)
-        equation = Weighted(models.network, models.base, given, run.storage)
+        equation = equation_over(method, parameters, models, run)
         weights, found = fit_coefficients(
             equation, batches, loss, run, per=per, init=init, steps=steps, lr=lr, patience=patience
         )

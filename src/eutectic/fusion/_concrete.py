@@ -101,7 +101,7 @@ def masked(
         batches = Batches(run, tasks, batch_size)
         loss = loss_of(models, tasks, run)
         merged = Merged(method, models.base, models.experts, parameters or {})
-        equation = Weighted(models.network, models.base, {"merge": merged}, run.storage, fixed=[1.0])
+        equation = Weighted(models.network, models.base, {"merge": merged}, fixed=[1.0])
         mask = ConcreteMask(equation, temperature, run.seed)
         start = torch.ones(equation.shape, dtype=torch.float64)
         found = fit_mask(mask, start, batches, loss, run, steps=steps, lr=lr, inner_lr=0.0, patience=patience, export=export)

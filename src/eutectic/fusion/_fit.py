@@ -22,7 +22,7 @@ from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.save import save_tensors
-from eutectic.errors import NonFiniteError, ParameterError, TaskError
+from eutectic.errors import NonFiniteError, ParameterError, StoppedError, TaskError
 from eutectic.fusion._fusion import Run
 from eutectic.task import Arrays, Task
 
@@ -45,14 +45,14 @@ class Batches:
         if batch_size % world():
             raise ParameterError(f"batch_size = {batch_size} is not a multiple of the {world()} processes")
         self._arrays: dict[str, Arrays] = {}
-        self._learn: dict[str, Tensor] = {}
+        self.learn: dict[str, Tensor] = {}
         self.held_out: dict[str, Tensor] = {}
         self._epochs: dict[str, tuple[int, Tensor]] = {}
         for task in tasks:
             arrays = run.arrays(task)
             order = self._order(task, -1, len(arrays))
             held = min(len(arrays) // 4, HELD_OUT)
-            self._arrays[task.name], self.held_out[task.name], self._learn[task.name] = arrays, order[:held], order[held:]
+            self._arrays[task.name], self.held_out[task.name], self.learn[task.name] = arrays, order[:held], order[held:]
 
     def inputs(self, task: Task, index: Tensor) -> Tensor:
         """The inputs at ``index``."""
@@ -60,7 +60,7 @@ class Batches:
 
     def index(self, task: Task, step: int) -> Tensor:
         """Which samples of a task this process takes at a step, ``[batch_size / processes]``."""
-        learn = self._learn[task.name]
+        learn = self.learn[task.name]
         first = step * self.batch_size
         places = range(first + rank(), first + self.batch_size, world())
         return torch.stack([learn[self._epoch(task, place // len(learn))[place % len(learn)]] for place in places])
@@ -68,7 +68,7 @@ class Batches:
     def _epoch(self, task: Task, epoch: int) -> Tensor:
         known = self._epochs.get(task.name)
         if known is None or known[0] != epoch:
-            known = self._epochs[task.name] = (epoch, self._order(task, epoch, len(self._learn[task.name])))
+            known = self._epochs[task.name] = (epoch, self._order(task, epoch, len(self.learn[task.name])))
         return known[1]
 
     def _order(self, task: Task, epoch: int, n: int) -> Tensor:
@@ -83,29 +83,35 @@ def generator(*key: object) -> torch.Generator:
 def backward(network: nn.Module, batches: Batches, step: int, loss: Loss, run: Run) -> float:
     """Add ∂L/∂θ of a step to the network's gradients, task after task; returns L, the sum over tasks.
 
-    Raises NonFiniteError naming the task and step, TaskError for a task whose loss depends on nothing that is fitted.
+    Raises NonFiniteError naming the task, TaskError for a task whose loss depends on nothing that is fitted.
     """
-    total = 0.0
-    for task in batches.tasks:
-        index = batches.index(task, step)
-        value = loss(task, run.forward(network, task, batches.inputs(task, index)), index)
-        if not torch.isfinite(value):
-            raise NonFiniteError(f"task {task.name!r}, step {step}: the loss is {value.item()}")
-        if not value.requires_grad:
-            raise TaskError(f"task {task.name!r}: its loss has no gradient by what is fitted; does its head cut the graph?")
-        value.backward()
-        total += value.item()
+    total = sum(backward_of(network, batches, task, step, loss, run) for task in batches.tasks)
     return float(mean_over_processes(torch.tensor(total, dtype=torch.float64)))
 
 
+def backward_of(network: nn.Module, batches: Batches, task: Task, step: int, loss: Loss, run: Run) -> float:
+    """As ``backward``, of one task, and this process's share alone."""
+    index = batches.index(task, step)
+    value = loss(task, run.forward(network, task, batches.inputs(task, index)), index)
+    if not torch.isfinite(value):
+        raise NonFiniteError(f"task {task.name!r}: the loss is {value.item()}")
+    if not value.requires_grad:
+        raise TaskError(f"task {task.name!r}: its loss has no gradient by what is fitted; does its head cut the graph?")
+    value.backward()
+    return value.item()
+
+
 @torch.no_grad()
-def held_out_loss(network: nn.Module, batches: Batches, loss: Loss, run: Run) -> float:
-    """L over the samples that are held out; infinite if it is not finite, NaN if there are none."""
+def held_out_loss(network: nn.Module, batches: Batches, loss: Loss, run: Run, weights: Sequence[float] | None = None) -> float:
+    """L over the samples that are held out; infinite if it is not finite, NaN if there are none.
+
+    ``weights``, one a task, are 1 by default; tasks of weight 0 are left out.
+    """
     total = math.nan
-    for task in batches.tasks:
+    for task, weight in zip(batches.tasks, weights or [1.0] * len(batches.tasks), strict=True):
         index = batches.held_out[task.name]
-        if len(index):
-            value = loss(task, run.forward(network, task, batches.inputs(task, index)), index).item()
+        if len(index) and weight:
+            value = weight * loss(task, run.forward(network, task, batches.inputs(task, index)), index).item()
             total = value + (0 if math.isnan(total) else total)
             if not math.isfinite(value):
                 return math.inf
@@ -137,7 +143,8 @@ def descend(
 
     Every ``EVERY`` steps ``criterion`` (a label-free loss, smaller is better) is taken, and the state kept in
     ``run.folder/WHAT``; after ``patience`` times without a better one it ends.  A fit that was interrupted is
-    carried on from there.  Raises NonFiniteError; then the last good state is kept.
+    carried on from there.  What is not finite ends it too, and is left in ``run.stopped``; without any good step before,
+    NonFiniteError is raised.
     """
     tensors = dict(state)
     optimiser = torch.optim.Adam(tensors.values(), lr=lr, fused=True)
@@ -161,11 +168,18 @@ def descend(
     for step in range(first, steps):
         if _worse_for(history) >= patience:
             break
-        loss, found = gradients(step)
-        for name, tensor in tensors.items():
-            tensor.grad = mean_over_processes(found[name].to(tensor))
-            if not torch.isfinite(tensor.grad).all():
-                raise NonFiniteError(f"{what}, step {step}: the loss is finite, but its gradient by {name!r} is not")
+        try:
+            loss, found = gradients(step)
+            for name, tensor in tensors.items():
+                tensor.grad = mean_over_processes(found[name].to(tensor))
+                if not torch.isfinite(tensor.grad).all():
+                    raise NonFiniteError(f"the loss is finite, but its gradient by {name!r} is not")
+        except NonFiniteError as error:
+            stopped = StoppedError(f"{what}, step {step}: {error}")
+            if len(history) < 2:  # nothing is better than what it began with
+                raise stopped from None
+            run.stopped.append(stopped)
+            break
         optimiser.step()
         optimiser.zero_grad()
         del found  # a mask's gradient is as large as the network's, which the next passes are about to make

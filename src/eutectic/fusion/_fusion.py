@@ -1,4 +1,4 @@
-"""What a fusion method is: ``fit`` gives a small artefact, ``build`` makes weights of it, or ``network`` keeps the experts.
+"""What a fusion method is: ``fit`` gives a small artefact, and ``build`` makes weights of it.
 
 K = experts, L = tensors whose coefficients are fitted, p = elements of a tensor.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.save import Progress, silent
-from eutectic.errors import TaskError
+from eutectic.errors import StoppedError, TaskError
 from eutectic.task import Arrays, Task
 
 Protocol = Literal["inductive", "transductive"]
@@ -35,8 +35,10 @@ class Run:
 
     ``protocol`` says which inputs it sees, never their labels: those of ``adapt`` (inductive), or those of ``test``
     (transductive, as the papers did).  ``autocast`` runs forward and backward passes in bfloat16.  With ``folder`` the state is
-    kept there, so that an interrupted fit is carried on by the same call.  ``storage`` is the dtype in which task vectors are
-    held in memory; with None they are not, and the experts are read again at each step.
+    kept there, so that an interrupted fit is carried on by the same call.  ``storage`` says where task vectors
+    are: in the experts' files, read again whenever they are needed, or in memory, rounded to bfloat16.  By default it is files
+    where a processor fits, which they cost a few per cent of the time, and memory where an accelerator does.  ``stopped`` gets
+    what ended a fit before its time.
     """
 
     seed: int = 0
@@ -45,12 +47,19 @@ class Run:
     autocast: bool = False
     folder: Path | None = None
     progress: Progress = silent
-    storage: torch.dtype | None = torch.bfloat16
+    storage: Literal["files", "memory"] | None = None
+    stopped: list[StoppedError] = dataclasses.field(default_factory=list, compare=False)
 
     @property
     def split(self) -> str:
         """The split whose inputs are seen."""
         return "adapt" if self.protocol == "inductive" else "test"
+
+    @property
+    def held(self) -> torch.dtype | None:
+        """The dtype in which task vectors are held in memory; None if they are read again."""
+        where = self.storage or ("files" if self.device == "cpu" else "memory")
+        return None if where == "files" else torch.bfloat16
 
     def within(self, folder: Path) -> Run:
         """The same, kept in another folder."""
@@ -95,14 +104,15 @@ class Fusion(NamedTuple):
     ``fit`` raises TaskError for tasks it cannot use, NonFiniteError for a loss that is not finite.  ``build`` gets the base
     and the experts, and an artefact's tensors and facts; its result is lazy.
 
-    Most methods end there.  One that keeps its experts has a ``network`` too, which gets a backbone with what ``build`` made
-    of it, changes it in place to the mixture, and returns it.  ``least_tasks`` is 0 for a method that looks at no data.
+    A method that keeps its experts has ``layers`` in ``about``, which say what becomes of the network's layers (see
+    ``_routing.routed``), and tensors of theirs in what ``build`` gives.  ``least_tasks`` is 0 for one that looks at no data.
+    ``free`` names parameters that ``fit`` does not depend on: an artefact can be applied with other values of them.
     """
 
     fit: Callable[[ModelSet, Sequence[Task], Run], Artefact]
     build: Callable[[Checkpoint, Mapping[str, Checkpoint], Artefact], Checkpoint]
-    network: Callable[[nn.Module, Checkpoint, Mapping[str, Checkpoint], Artefact], nn.Module] | None = None
     least_tasks: int = 1
+    free: tuple[str, ...] = ()
 
 
 def expert_of(task: Task, models: ModelSet) -> str:

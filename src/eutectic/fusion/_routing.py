@@ -2,20 +2,27 @@
 
 N = experts, B = samples, T = tokens, m × n = the shape of the layer's matrix, r = the rank of Dᵢ.  Coefficients are those of
 one token, or of one sample, so that an output never depends on what else is in its batch.
+
+A description, plain data by the name of a layer, says which layers are routed and how large they are; with it a network is
+made anew from a folder.  The experts' tensors are named after the layer, beside its ``weight`` and ``bias``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import LayoutError
+from eutectic.fusion._products import per_sample, sparse_per_sample, tiles
 
-#: entries of the matrices that are merged at a time, one matrix for each sample
-CHUNK = 1 << 24
+Description = Mapping[str, Any]
 
 
 def coefficients(scores: Tensor, top: int) -> Tensor:
@@ -24,129 +31,315 @@ def coefficients(scores: Tensor, top: int) -> Tensor:
     return torch.zeros_like(scores).scatter(-1, which, best.softmax(-1))
 
 
-class LowRankExperts(nn.Linear):
+class Turned(nn.Linear):
+    """A linear layer that stands for a ``Conv1D`` of transformers, such as GPT-2's, whose weight is Wᵀ ``[n, m]``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """With the module's own parameters."""
+        weight = module.get_parameter("weight")
+        super().__init__(*weight.shape, bias=False, device="meta")
+        self.weight, self.bias = weight, module.get_parameter("bias")
+        self.train(module.training)
+        self.stands_for = [module]  # in a list, as it is no part of this one
+
+
+class Routed(nn.Linear):
+    """A linear layer with experts, made over a plain one, whose own parameters W₀ and b₀ it has under their names."""
+
+    #: what ``routed`` made it of
+    about: Description = MappingProxyType({})
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Over this layer."""
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.turned = isinstance(linear, Turned)
+        self.train(linear.training)
+
+    @property
+    def matrix(self) -> Tensor:
+        """W₀ ``[m, n]``."""
+        return self.weight.T if self.turned else self.weight
+
+    def base(self, input: Tensor) -> Tensor:
+        """W₀x + b₀."""
+        return F.linear(input, self.matrix, self.bias)
+
+    def expected(self, *shape: int) -> nn.Parameter:
+        """A tensor of the experts that is still to come, on the device ``meta``; it needs no gradient.  Raises LayoutError."""
+        if min(shape) < 0:
+            raise LayoutError(f"a routed layer cannot have experts of {list(shape)}")
+        return nn.Parameter(torch.empty(shape, dtype=self.weight.dtype, device="meta"), requires_grad=False)
+
+
+class LowRankExperts(Routed):
     """A linear layer with N experts Dᵢ = LᵢRᵢ, of which a token takes the ``top`` on whose directions it is longest.
 
     ``right`` is R ``[N, d, n]``, with orthonormal rows; the score of expert i is ‖Rᵢx‖ over the first ``gate`` of them.
     ``left`` is L ``[m, N, r]``; its r ≤ d directions are those of the first r rows, so that gate and experts share one
-    product.  ``shift`` is d ``[N, m]``, if there is any.  A layer without directions has nothing to choose by, and takes the
-    mean of the shifts.  W₀ and b₀ are the given layer's own parameters, under their names.
+    product.  ``shift`` is d ``[N, m]``, if the layer has a bias.  A layer without directions has nothing to choose by, and
+    takes the mean of the shifts.
     """
 
-    def __init__(self, linear: nn.Linear, right: Tensor, left: Tensor, shift: Tensor | None, gate: int, top: int) -> None:
-        """Copy the factors in the layer's dtype; they need no gradient."""
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
+    def __init__(self, linear: nn.Linear, experts: int, directions: int, rank: int, gate: int, top: int) -> None:
+        """Of these sizes, on the device ``meta``."""
+        super().__init__(linear)
         self.gate = gate
-        self.top = min(top, len(right)) if right.shape[1] else len(right)
-        self.right, self.left = _frozen(right, linear), _frozen(left, linear)
-        self.shift = None if shift is None else _frozen(shift, linear)
-        self.train(linear.training)
+        self.top = min(top, experts) if directions else experts
+        self.right = self.expected(experts, directions, self.in_features)
+        self.left = self.expected(self.out_features, experts, rank)
+        self.shift = None if self.bias is None else self.expected(experts, self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """``[…, n]`` → ``[…, m]``."""
         z = F.linear(input, self.right.flatten(0, 1)).unflatten(-1, self.right.shape[:2])
         c = coefficients(torch.linalg.vector_norm(z[..., : self.gate], dim=-1), self.top)
-        y = super().forward(input)
+        y = self.base(input)
         y = y + F.linear((z[..., : self.left.shape[2]] * c[..., None]).flatten(-2), self.left.flatten(1))
         return y if self.shift is None else y + c @ self.shift
+
+    def choice(self, input: Tensor) -> Tensor:
+        """The coefficients ``[…, N]`` that tokens ``[…, n]`` give the experts."""
+        z = F.linear(input, self.right[:, : self.gate].flatten(0, 1)).unflatten(-1, (len(self.right), -1))
+        return coefficients(torch.linalg.vector_norm(z, dim=-1), self.top)
 
     def extra_repr(self) -> str:
         """Sizes."""
         return f"{super().extra_repr()}, experts={len(self.right)}, rank={self.left.shape[2]}, top={self.top}"
 
 
+class Padding:
+    """The ``attention_mask`` ``[B, T]`` that a network was called with, for its routers; copies start without."""
+
+    mask: Tensor | None = None
+
+    def __getstate__(self) -> None:
+        """It is of one forward pass."""
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A hook before ``forward``."""
+        self.mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean ``[B, N]`` of ``[B, …, N]`` over a sample's tokens, without hidden ones if the mask is of these tokens."""
+        if self.mask is None or self.mask.shape != x.shape[:-1]:
+            return x.reshape(x.shape[0], -1, x.shape[-1]).mean(1)
+        seen = self.mask.to(x.dtype)
+        return torch.einsum("bt,btn->bn", seen / seen.sum(1, keepdim=True).clamp(min=1), x)
+
+
 class Shared:
     """The coefficients ``[B, N]`` that the layers of a block share, from the first to the last; copies start without."""
 
-    c: Tensor | None = None
+    def __init__(self, padding: Padding) -> None:
+        """With what is known of the samples' tokens."""
+        self.padding = padding
+        self.c: Tensor | None = None
 
-    def __getstate__(self) -> None:
-        """They are of one forward pass."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Coefficients are of one forward pass."""
+        return {"padding": self.padding, "c": None}
 
 
-class DenseExperts(nn.Linear):
-    """A linear layer with N experts of whole matrices, merged for each sample by the coefficients of its block.
+class MergedExperts(Routed):
+    """A linear layer with N experts whose matrices are merged for each sample, by the coefficients of its block.
 
-    ``deltas`` is D ``[N, m, n]``, ``shift`` is d ``[N, m]``, for layers with a bias.  W₀ and b₀ are the given layer's own.
+    The first layer of a block has the block's ``router``: c = its mean over a sample's tokens.  Tokens of padding do not
+    count, as far as the network is told of them by an ``attention_mask`` ``[B, T]``.  ``shift`` is d ``[N, m]``, for layers
+    with a bias.  How D is held is up to those that implement ``product``.
     """
 
-    def __init__(self, linear: nn.Linear, deltas: Tensor, shift: Tensor | None, shared: Shared) -> None:
-        """Copy the experts in the layer's dtype; they need no gradient."""
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight, self.bias, self.shared = linear.weight, linear.bias, shared
-        self.deltas = _frozen(deltas, linear)
-        self.shift = None if shift is None else _frozen(shift, linear)
-        self.train(linear.training)
+    def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module | None) -> None:
+        """Of this size, on the device ``meta``."""
+        super().__init__(linear)
+        self.experts, self.shared, self.router = experts, shared, router
+        self.shift = None if self.bias is None else self.expected(experts, self.out_features)
+
+    def product(self, x: Tensor, c: Tensor) -> Tensor:
+        """(W₀ + Σᵢ cᵢDᵢ) x ``[B, T, m]`` of ``[B, T, n]`` and ``[B, N]``."""
+        raise NotImplementedError
+
+    def choice(self, input: Tensor) -> Tensor:
+        """The coefficients ``[B, N]`` of samples ``[B, …, n]``.  Raises LayoutError if the block's first layer saw others."""
+        if self.router is not None:
+            return self.shared.padding.mean(self.router(input))
+        c = self.shared.c
+        if c is None or c.shape[0] != input.shape[0]:
+            raise LayoutError("a layer of a routed block got other samples than its first, by whose input they are routed")
+        return c
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[B, …, n]`` → ``[B, …, m]``.  Raises LayoutError if the first layer of its block was not there before it."""
-        c = self.shared.c
-        if c is None or len(c) != len(input):
-            raise LayoutError("a layer of a routed block got other samples than its first, by whose input they are routed")
-        x = input.reshape(len(input), -1, input.shape[-1])
-        y = per_sample(x, c.to(self.weight.dtype), self.weight, self.deltas)
+        """``[B, …, n]`` → ``[B, …, m]``."""
+        c = self.shared.c = self.choice(input)
+        c, x = c.to(self.weight.dtype), input.reshape(input.shape[0], -1, input.shape[-1])
+        y = self.product(x, c)
         if self.shift is not None:
-            y = y + (self.bias + c.to(self.weight.dtype) @ self.shift)[:, None]
+            y = y + (self.bias + c @ self.shift)[:, None]
         return y.view(*input.shape[:-1], self.out_features)
 
 
-class LeadingExperts(DenseExperts):
-    """The first layer of a block, whose input is what the block is routed by: c = the router's mean over a sample's tokens."""
+class DenseExperts(MergedExperts):
+    """With whole matrices: ``deltas`` is D ``[N, m, n]``."""
 
-    def __init__(self, linear: nn.Linear, deltas: Tensor, shift: Tensor | None, shared: Shared, router: nn.Module) -> None:
-        """``router`` makes ``[…, N]`` of ``[…, n]``."""
-        super().__init__(linear, deltas, shift, shared)
-        self.router = router
+    def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module | None) -> None:
+        """See ``MergedExperts``."""
+        super().__init__(linear, experts, shared, router)
+        self.deltas = self.expected(experts, self.out_features, self.in_features)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """See the class."""
-        found = self.router(input)
-        self.shared.c = found.reshape(len(input), -1, found.shape[-1]).mean(1)
-        return super().forward(input)
+    def product(self, x: Tensor, c: Tensor) -> Tensor:
+        """See ``MergedExperts``."""
+        return per_sample(x, c, self.matrix, self.deltas)
 
 
-def per_sample(x: Tensor, c: Tensor, weight: Tensor, deltas: Tensor) -> Tensor:
-    """(W₀ + Σᵢ cᵢDᵢ) x for each sample: ``[B, T, n]`` and coefficients ``[B, N]`` → ``[B, T, m]``.
+class SparseExperts(MergedExperts):
+    """With pruned matrices, as ``_products`` packs them: ``gaps`` and ``values`` ``[e]``, of which tiles have ``counts``."""
 
-    Matrices are merged, a chunk of samples at a time, in one product: that costs as much as N tokens.  Of samples of one token
-    every expert's output is cheaper, and takes no memory.
-    """
-    if x.shape[1] == 1:
-        each = torch.matmul(x[None, :, 0], deltas.mT)  # [N, B, m]
-        return (F.linear(x[:, 0], weight) + torch.einsum("bk,kbm->bm", c, each))[:, None]
-    size = max(1, CHUNK // weight.numel())
-    return torch.cat(
-        [
-            torch.bmm(some, (weight.flatten() + own @ deltas.flatten(1)).view(-1, *weight.shape).mT)
-            for some, own in zip(x.split(size), c.split(size), strict=True)
-        ]
-    )
+    def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module | None, counts: list[int]) -> None:
+        """See ``MergedExperts``.  Raises LayoutError for counts that are not those of this layer's tiles."""
+        super().__init__(linear, experts, shared, router)
+        if len(counts) != len(tiles((self.out_features, self.in_features))):
+            raise LayoutError(f"pruned experts in {len(counts)} tiles are no experts of a layer {list(self.matrix.shape)}")
+        self.counts, self.values = counts, self.expected(sum(counts))
+        self.register_buffer("gaps", torch.empty(sum(counts), dtype=torch.uint8, device="meta"))
+
+    def product(self, x: Tensor, c: Tensor) -> Tensor:
+        """See ``MergedExperts``."""
+        return sparse_per_sample(x, c, self.matrix, self.get_buffer("gaps"), self.values, self.counts)
 
 
-def _frozen(tensor: Tensor, like: nn.Linear) -> nn.Parameter:
-    return nn.Parameter(tensor.to(like.weight, copy=True), requires_grad=False)
+class Constant(nn.Module):
+    """A router that looks at nothing."""
+
+    def __init__(self, outputs: int) -> None:
+        """Of as many outputs."""
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[…, n]`` → ``[…, N]``."""
+        return self.bias.expand(*x.shape[:-1], -1)
+
+
+def router(width: int, outputs: int, hidden: int) -> nn.Sequential:
+    """``[…, width]`` → ``[…, outputs]`` of 2, 1 or no layers."""
+    match hidden:
+        case 0:
+            return nn.Sequential(Constant(outputs))
+        case 1:
+            return nn.Sequential(nn.Linear(width, outputs))
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs))
+
+
+def named(layer: str, key: str) -> str:
+    """The name of a layer's tensor; a network that is one layer has no name."""
+    return f"{layer}.{key}" if layer else key
 
 
 def linears(network: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of a network by path, those that are used twice under their first.
+    """The linear layers of a network by the name of their weight in its state dict, less ``.weight``.
 
+    Layers that are used twice are there once, and transformers' ``Conv1D`` is there as ``Turned``.
     Raises LayoutError for PyTorch's own attention and transformer layers, which read their layers' weights past ``forward``.
     """
-    found = {}
     for path, module in network.named_modules():
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise LayoutError(f"{path or 'the network'} is a torch.nn.{type(module).__name__}, whose layers cannot be routed")
-        if type(module) is nn.Linear:
-            found[path] = module
-    return found
+    return {name: layer for name, layer in _linears(network) if type(layer) in (nn.Linear, Turned)}
 
 
-def replaced(network: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """The network with other modules at these paths, in place, wherever else it uses the old ones too."""
-    new = {network.get_submodule(path): layer for path, layer in layers.items()}
+def _linears(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Linear layers of any kind, with the names of ``linears``."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name.removesuffix("weight").rstrip("."))
+    for path, module in network.named_modules():
+        if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+            module = Turned(module)
+        if isinstance(module, nn.Linear):
+            known = names[id(module.weight)]
+            # a state dict may leave out a prefix that the path has, and a tied weight goes by several names
+            yield next((name for name in known if path == name or path.endswith("." + name)), known[0]), module
+
+
+def routed(network: nn.Module, layers: Mapping[str, Description], weights: Checkpoint) -> nn.Module:
+    """The network with routed layers as they are described, in place, and with their experts from ``weights``.
+
+    Experts need no gradient.  Raises LayoutError if the network has no such layer or the tensors have other shapes, and
+    CheckpointError if they are missing.
+    """
+    known, new = linears(network), dict[nn.Module, Routed]()
+    padding, routers = Padding(), dict[str, nn.Module]()
+    blocks = {str(about.get("block")): Shared(padding) for about in layers.values()}
+    for name, about in layers.items():
+        if name not in known:
+            raise LayoutError(f"{weights.origin}: routes the layer {name!r}, but the network has {', '.join(known)}")
+        linear = known[name]
+        layer = _layer(linear, about, blocks, routers)
+        new[linear.stands_for[0] if isinstance(linear, Turned) else linear] = layer
+        for key, expected in _missing(layer):
+            _take(layer, key, expected, weights, named(name, key), linear)
+        layer.about = dict(about)
     for path, module in list(network.named_modules(remove_duplicate=False)):
         if path and module in new:
             parent, _, name = path.rpartition(".")
             setattr(network.get_submodule(parent), name, new[module])
+    hears = (m for m in network.modules() if "attention_mask" in inspect.signature(m.forward).parameters)
+    if routers and (first := next(hears, None)) is not None:
+        first.register_forward_pre_hook(padding.note, with_kwargs=True)
     return new.get(network, network)
+
+
+Gate = LowRankExperts | MergedExperts
+
+
+def gates(network: nn.Module) -> dict[str, Gate]:
+    """The layers of a network that choose among the experts, for themselves or for their block, by name."""
+    found = {name: layer for name, layer in _linears(network) if isinstance(layer, Gate)}
+    return {name: layer for name, layer in found.items() if isinstance(layer, LowRankExperts) or layer.router is not None}
+
+
+def described(network: nn.Module) -> dict[str, Description]:
+    """What ``routed`` was told to make of the network's layers."""
+    return {name: layer.about for name, layer in _linears(network) if isinstance(layer, Routed)}
+
+
+def _layer(linear: nn.Linear, about: Description, blocks: Mapping[str, Shared], routers: dict[str, nn.Module]) -> Routed:
+    """One layer on the device ``meta``.  Raises LayoutError for a description of something else."""
+    match dict(about):
+        case {"kind": "low_rank", "experts": int(n), "directions": int(d), "rank": int(r), "gate": int(gate), "top": int(top)}:
+            return LowRankExperts(linear, n, d, r, gate, top)
+        case {"kind": "dense", "experts": int(n), "block": str(block)}:
+            return DenseExperts(linear, n, blocks[block], _router(linear, n, about, routers))
+        case {"kind": "sparse", "experts": int(n), "block": str(block), "counts": list(counts)} if all(
+            isinstance(count, int) and count >= 0 for count in counts
+        ):
+            return SparseExperts(linear, n, blocks[block], _router(linear, n, about, routers), counts)
+    raise LayoutError(f"no routed layer is described by {dict(about)}")
+
+
+def _router(linear: nn.Linear, outputs: int, about: Description, routers: dict[str, nn.Module]) -> nn.Module | None:
+    """The layer's router, if it has one: that of another layer if it is of the same name."""
+    match about.get("router"):
+        case None:
+            return None
+        case {"name": str(name), "hidden": int(hidden)}:
+            if name not in routers:
+                with torch.device("meta"):
+                    routers[name] = router(linear.in_features, outputs, hidden).to(linear.weight.dtype)
+            return routers[name]
+    raise LayoutError(f"no router is described by {about['router']}")
+
+
+def _missing(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A layer's tensors that are still on the device ``meta``."""
+    yield from [(key, tensor) for key, tensor in layer.state_dict(keep_vars=True).items() if tensor.is_meta]
+
+
+def _take(layer: nn.Module, key: str, expected: Tensor, weights: Checkpoint, name: str, like: nn.Linear) -> None:
+    spec = weights.spec(name)
+    if spec.shape != expected.shape:
+        raise LayoutError(f"{weights.origin}: {name!r} is {spec}, where the description has {list(expected.shape)}")
+    owner, _, leaf = key.rpartition(".")
+    module = layer.get_submodule(owner)
+    tensor = weights.read(name).to(device=like.weight.device, dtype=expected.dtype, copy=True)
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(expected, nn.Parameter) else tensor)

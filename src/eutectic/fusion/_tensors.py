@@ -13,9 +13,7 @@ from eutectic.errors import LayoutError, NonFiniteError, TaskError
 from eutectic.fusion._coefficients import Shaped
 from eutectic.fusion._fit import generator
 from eutectic.fusion._fusion import Artefact, ModelSet, Run, expert_of
-from eutectic.merge.view import Merged, rounding
-from eutectic.methods._spectral import Svd, svd
-from eutectic.methods._threads import one_torch_thread
+from eutectic.merge.view import Merged
 from eutectic.task import Task
 
 
@@ -55,14 +53,6 @@ def difference(base: Checkpoint, expert: str, weights: Checkpoint, name: str) ->
     if not torch.isfinite(delta).all():
         raise NonFiniteError(f"expert {expert!r} ({weights.origin}) or the base holds a NaN or Inf in {name!r}")
     return delta
-
-
-def spectrum(base: Checkpoint, expert: str, weights: Checkpoint, name: str, most: int | None = None) -> Svd:
-    """The strongest singular components of a matrix's task vector; none that is rounding.  Raises as ``difference`` does."""
-    start = base.read(name)
-    eps = max(torch.finfo(dtype).eps for dtype in (start.dtype, weights.spec(name).dtype))
-    with one_torch_thread():
-        return svd(difference(base, expert, weights, name), rounding(start.to(wide(start)), eps), most)
 
 
 def finished(tensors: Mapping[str, Tensor], names: Mapping[int, Sequence[str]], base: Checkpoint) -> Artefact:

@@ -20,7 +20,7 @@ from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import LayoutError, NonFiniteError
 
 #: elements of a tensor that are worked on at once: K times as many in float32 stay in the caches
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 
 
 class Site(NamedTuple):
@@ -51,9 +51,10 @@ class Weighted:
     ) -> None:
         """Read θ₀ and the experts; ``fixed`` are the weights of what is no site, 1 / K each by default.
 
-        Task vectors are held in memory in the dtype ``storage``; with None each use reads the experts once more, in parts,
-        and nothing is held or rounded.  Sums are float32, or float64 in a float64 network.  Raises LayoutError if a parameter
-        is in no checkpoint or there is no site, NonFiniteError naming an expert and tensor that hold a NaN or Inf.
+        Task vectors are held in memory in the dtype ``storage``; with None only those of small tensors are, and unrounded:
+        each use of a larger one reads the experts once more, in parts.  Sums are float32, or float64 in a float64 network.
+        Raises LayoutError if a parameter is in no checkpoint or there is no site, NonFiniteError naming an expert and tensor
+        that hold a NaN or Inf.
         """
         self.network = network
         self.names = list(vectors)
@@ -91,10 +92,15 @@ class Weighted:
 
     @torch.no_grad()
     def write(self, weights_KL: Tensor, mask: Sequence[Tensor] | None = None) -> None:
-        """Set the network to θ; ``weights_KL`` ``[K, L]``, ``mask`` the m̂ ``[p]`` of each site.  Gradients are dropped."""
+        """Set the network to θ, and its gradients to 0; ``weights_KL`` ``[K, L]``, ``mask`` the m̂ ``[p]`` of each site.
+
+        Gradients stay where they are: made anew in each step, they and the passes' activations would leave holes in memory.
+        """
         for at, site in enumerate(self.sites):
             _assign(site, weights_KL[:, at], None if mask is None else mask[at])
-            site.parameter.grad = None
+            if site.parameter.grad is None:
+                site.parameter.grad = torch.empty_like(site.parameter)
+            site.parameter.grad.zero_()
 
     @torch.no_grad()
     def weight_gradient(self, mask: Sequence[Tensor] | None = None) -> Tensor:
@@ -102,8 +108,6 @@ class Weighted:
         found = torch.zeros(self.shape, dtype=torch.float64)
         for at, site in enumerate(self.sites):
             gradient = _flat_gradient(site)
-            if gradient is None:
-                continue
             total = torch.zeros(len(self.names), dtype=torch.float64)
             for part in _parts(site):
                 g = gradient[part] if mask is None else gradient[part] * mask[at][part]
@@ -113,17 +117,13 @@ class Weighted:
 
     @torch.no_grad()
     def mask_gradient(self, weights_KL: Tensor) -> Iterator[Tensor]:
-        """∂L/∂m̂ ``[p]`` of each site, in order: made in the place of G, which is used up."""
+        """∂L/∂m̂ ``[p]`` of each site, in order: made in the place of G, and good until the next ``write``."""
         for at, site in enumerate(self.sites):
             gradient = _flat_gradient(site)
-            if gradient is None:
-                yield torch.zeros_like(site.base)
-                continue
             weights = weights_KL[:, at].to(site.base)
             for part in _parts(site):
                 gradient[part] *= _total(site.vectors(part), weights)
             yield gradient
-            site.parameter.grad = None
 
     def _site(
         self, names: list[str], tensor: Tensor, base: Checkpoint, vectors: Mapping[str, Checkpoint], storage: torch.dtype | None
@@ -135,18 +135,16 @@ class Weighted:
             start = start.clone()
         p = start.numel()
 
-        def change(checkpoint: Checkpoint, part: slice) -> Tensor:
-            return checkpoint.read_flat(name, part.start, min(part.stop, p)).to(start) - start[part]
-
         def read(part: slice) -> Tensor:
-            return torch.stack([change(checkpoint, part) for checkpoint in vectors.values()])
+            stop = min(part.stop, p)
+            return torch.stack([c.read_flat(name, part.start, stop).to(start) for c in vectors.values()]).sub_(start[part])
 
         held = None
-        if storage is not None:
+        if storage is not None or p <= CHUNK:
             held = start.new_empty(len(vectors), p, dtype=wide if wide == torch.float64 else storage)
         changed = False
         for at, (expert, checkpoint) in enumerate(vectors.items()):
-            delta = change(checkpoint, slice(0, p))
+            delta = checkpoint.read(name).reshape(-1).to(start) - start
             if not torch.isfinite(delta).all():
                 raise NonFiniteError(f"expert {expert!r} ({checkpoint.origin}) or the base holds a NaN or Inf in {name!r}")
             changed = changed or bool(delta.any())
@@ -178,7 +176,8 @@ def _total(vectors_K: Tensor, weights_K: Tensor) -> Tensor:
     return torch.mv(vectors_K.to(weights_K.dtype).T, weights_K)
 
 
-def _flat_gradient(site: Site) -> Tensor | None:
+def _flat_gradient(site: Site) -> Tensor:
     """G ``[p]`` in the dtype of θ₀; written through if it can be."""
     gradient = site.parameter.grad
-    return None if gradient is None else gradient.reshape(-1).to(site.base.dtype)
+    assert gradient is not None  # ``write`` made it
+    return gradient.reshape(-1).to(site.base.dtype)

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from eutectic.checkpoint.base import Memory
-from eutectic.fusion._coefficients import Per, facts, fit_coefficients, vectors, weighted
+from eutectic.fusion._coefficients import Per, equation_over, facts, fit_coefficients, weighted
 from eutectic.fusion._concrete import ConcreteMask, Export, exported, fit_mask, named
 from eutectic.fusion._fit import Batches
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import entropy
-from eutectic.fusion._weighted import Weighted
 from eutectic.methods._method import Count, Finite, NonNegative, Positive
 from eutectic.task import Task
 
@@ -61,8 +60,7 @@ def concrete_adamerging(
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
         batches = Batches(run, tasks, batch_size)
-        given = vectors(method, parameters, models.base, models.experts)
-        equation = Weighted(models.network, models.base, given, run.storage)
+        equation = equation_over(method, parameters, models, run)
         mask = ConcreteMask(equation, temperature, run.seed)
         start = torch.full(equation.shape, init, dtype=torch.float64)
         learned = fit_mask(

@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.checkpoint.views import Overlay, Select
-from eutectic.errors import LayoutError, ParameterError
+from eutectic.errors import LayoutError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
-from eutectic.fusion._routing import LowRankExperts, linears, replaced
-from eutectic.fusion._tensors import difference, names_of, spectrum
+from eutectic.fusion._lowrank import Factors, Layer, most_directions
+from eutectic.fusion._routing import Description, Turned, linears, named
+from eutectic.fusion._tensors import names_of
+from eutectic.merge.compose import Joined
 from eutectic.merge.view import Merged
 from eutectic.methods._method import Count
-from eutectic.methods._spectral import Svd
 from eutectic.task import Task
 
 REFERENCE = "Tang et al., SMILE: Zero-shot sparse mixture of low-rank experts construction, 2024, arXiv:2408.10174"
@@ -34,16 +33,18 @@ def smile(rank: Count = 32, gate_rank: Count = 16, top_k: Count = 1, rest: Liter
 
     Args:
         rank: directions kept of each expert and matrix, at most; as many as the matrix has are lossless.
-        gate_rank: directions by which tokens choose; fewer than the layer has inputs.
+        gate_rank: directions by which tokens choose; at most one fewer than the layer has inputs, over all of which every
+            token is equally long.
         top_k: experts that a token takes; with one, its weight is 1.
         rest: what is done with all that is no linear layer: the base's is kept, or the experts are averaged.
 
-    A layer m × n with N experts grows by N (max(rank, gate_rank) n + rank m + m) numbers.  ``about`` of the artefact has the
-    ranks that each layer really holds: no more than the matrix and the numerical rank of any expert's change, as for LoRA.
+    A layer m × n with N experts grows by N (max(rank, gate_rank) n + rank m + m) numbers.  ``layers`` of the artefact has the
+    sizes that each really gets: no more than the matrix has, or than the experts' adapters if they are such.  An adapter's
+    factors are exact; of another expert's change they leave at most 1 % more than the best of their rank (see ``sketched``).
+    An expert that left a layer as it was is never chosen there.
 
     Raises LayoutError for a network without a linear layer that any expert changed, or with layers of torch.nn that read
-    weights past ``forward``; ParameterError for a gate of all directions, on which all tokens are equally long;
-    NonFiniteError naming an expert and tensor.
+    weights past ``forward``.  Reading what is built raises NonFiniteError naming an expert and tensor.
 
     Source: Tang et al., 2024, arXiv:2408.10174, section 4.  Differs from the paper in that gate and experts share one product;
     that a layer of which only biases changed takes their mean, where the paper's keeps the base's; and that there are no dense
@@ -51,62 +52,42 @@ def smile(rank: Count = 32, gate_rank: Count = 16, top_k: Count = 1, rest: Liter
     """
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
+        base, experts = models.base, models.experts
         names, layers = names_of(models), linears(models.network)
-        tensors, ranks = dict[str, Tensor](), dict[str, list[int]]()
-        for number, (path, layer) in enumerate(layers.items(), start=1):
-            weight = names[id(layer.weight)][0]
-            parts = [
-                spectrum(models.base, name, expert, weight, max(rank, gate_rank)) for name, expert in models.experts.items()
-            ]
-            shift_N = None if layer.bias is None else _shifts(models, names[id(layer.bias)][0])
+        sizes, own = dict[str, Description](), dict[str, list[list[str]]]()
+        for number, (layer, linear) in enumerate(layers.items(), start=1):
             run.progress("linear layers", number, len(layers))
-            if not any(len(part.s) for part in parts) and (shift_N is None or not shift_N.any()):
+            groups = [names[id(p)] for p in linear.parameters()]
+            weight, *bias = (group[0] for group in groups)
+            most = max(most_directions(base, expert, weight) for expert in experts.values())
+            if not most and all(
+                torch.equal(base.read(name), expert.read(name)) for name in bias for expert in experts.values()
+            ):
                 continue
-            if len(parts) > 1 and any(len(part.s[:gate_rank]) == layer.in_features for part in parts):
-                raise ParameterError(
-                    f"gate_rank = {gate_rank} takes all {layer.in_features} directions of the inputs of {weight!r}, and over"
-                    " all of them a token is equally long for every expert; take fewer",
-                    ("gate_rank",),
-                )
-            right, left = factors(parts, rank)
-            found = {"right": right, "left": left} | ({} if shift_N is None else {"shift": shift_N})
-            tensors |= {f"{path}:{key}": tensor.to(models.base.spec(weight).dtype) for key, tensor in found.items()}
-            ranks[path] = [len(part.s[:rank]) for part in parts]
-        if not ranks:
+            own[layer] = groups
+            sizes[layer] = {
+                **{"kind": "low_rank", "experts": len(experts), "top": top_k, "gate": min(gate_rank, linear.in_features - 1)},
+                **{
+                    "directions": min(max(rank, gate_rank), most),
+                    "rank": min(rank, most),
+                    "turned": isinstance(linear, Turned),
+                },
+            }
+        if not sizes:
             raise LayoutError(
                 f"no expert differs from the base in any of {len(layers)} linear layers, so there is nothing to keep"
             )
-        own = [names[id(p)] for layer in layers.values() for p in layer.parameters()]
-        return Artefact(Memory(tensors), {"ranks": ranks, "linear": [name for group in own for name in group]})
+        return Artefact(Memory({}), {"layers": sizes, "own": own})
 
     def build(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Checkpoint:
-        if rest == "base":
-            return base
-        return Overlay(Merged("average", base, experts), Select(base, set(artefact.about["linear"]).__contains__))
+        sizes, layers, kept = artefact.about["layers"], dict[str, Layer](), set[str]()
+        for layer, groups in artefact.about["own"].items():
+            weight, bias = (*(group[0] for group in groups), None)[:2]
+            layers[named(layer, "")] = Layer(weight, bias, *(sizes[layer][key] for key in ("directions", "rank", "turned")))
+            kept.update(name for group in groups for name in group)
+        below = base
+        if rest == "average":
+            below = Overlay(Merged("average", base, experts), Select(base, kept.__contains__))
+        return Joined([below, Factors(base, experts, layers)], below.origin)
 
-    def network(backbone: nn.Module, base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> nn.Module:
-        known, layers = linears(backbone), dict[str, nn.Module]()
-        for path in artefact.about["ranks"]:
-            shift = artefact.tensors.read(f"{path}:shift") if f"{path}:shift" in artefact.tensors.specs else None
-            right, left = (artefact.tensors.read(f"{path}:{key}") for key in ("right", "left"))
-            layers[path] = LowRankExperts(known[path], right, left, shift, gate_rank, top_k)
-        return replaced(backbone, layers)
-
-    return Fusion(fit, build, network, least_tasks=0)
-
-
-def factors(parts: Sequence[Svd], rank: int) -> tuple[Tensor, Tensor]:
-    """R ``[N, d, n]`` of the rows Vᵀ and L ``[m, N, r]`` of the columns U S of N decompositions, r ≤ ``rank``.
-
-    d is the length of the longest; what others lack of it is zeros.
-    """
-    most = max(len(part.s) for part in parts)
-    r = min(rank, most)
-    right = torch.stack([F.pad(part.Vh, (0, 0, 0, most - len(part.s))) for part in parts])
-    left = [part.U[:, :r] * part.s[:r] for part in parts]
-    return right, torch.stack([F.pad(scaled, (0, r - scaled.shape[1])) for scaled in left], dim=1)
-
-
-def _shifts(models: ModelSet, bias: str) -> Tensor:
-    """bᵢ − b₀ ``[N, m]``.  Raises NonFiniteError naming the expert."""
-    return torch.stack([difference(models.base, name, expert, bias) for name, expert in models.experts.items()])
+    return Fusion(fit, build, least_tasks=0)

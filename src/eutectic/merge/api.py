@@ -1,4 +1,4 @@
-"""The public verbs: open, merge, save, state_dict, diff."""
+"""The public verbs: open, merge, merge_adapters, save, state_dict, diff."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.base import Checkpoint, Memory, element_bytes, live
 from eutectic.checkpoint.folder import from_hub, open_path
+from eutectic.checkpoint.peft import open_adapter
 from eutectic.checkpoint.spec import layout_diff
 from eutectic.errors import CheckpointError
+from eutectic.merge.adapters import Fused
 from eutectic.merge.run import save
+from eutectic.merge.spaces import SpaceName
 from eutectic.merge.view import Merged
 
-__all__ = ["diff", "merge", "open", "save", "state_dict"]
+__all__ = ["diff", "merge", "merge_adapters", "open", "save", "state_dict"]
 
 Source = Checkpoint | str | Path | nn.Module | Mapping[str, Tensor]
 
@@ -70,6 +73,37 @@ def merge(
     named = experts if isinstance(experts, Mapping) else {str(i): expert for i, expert in enumerate(experts)}
     opened = {name: open(expert) for name, expert in named.items()}
     return Merged(method, None if base is None else open(base), opened, parameters, dtype=dtype)
+
+
+def merge_adapters(
+    method: str,
+    /,
+    adapters: Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    base: Source | None = None,
+    space: SpaceName = "core",
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    **parameters: Any,
+) -> Fused:
+    """Merge PEFT folders of one base into one adapter, a lazy checkpoint that ``save`` writes as a PEFT folder.
+
+    Args:
+        method: a registered name, of one that works on task vectors, or ``average``.
+        adapters: folders, as a list or by name.
+        base: needed only if an adapter replaces whole tensors (``modules_to_save``, biases).
+        space: the coordinates that the method sees: ``core``, ``knots``, or for linear methods ``concat``.
+        rank: of the result at most; ``error`` then says what that left out of what was read.
+        dtype: of the result; the adapters' widest by default.
+        parameters: of the method.
+
+    The factors are read once at this call, and again as the result is read.
+    Raises LayoutError, ParameterError, UnknownNameError, CheckpointError, NonFiniteError.
+    """
+    named = adapters if isinstance(adapters, Mapping) else {str(i): folder for i, folder in enumerate(adapters)}
+    opened = {name: open_adapter(folder) for name, folder in named.items()}
+    over = None if base is None else open(base)
+    return Fused(method, opened, parameters, base=over, space=space, rank=rank, dtype=dtype)
 
 
 def state_dict(source: Source) -> dict[str, Tensor]:

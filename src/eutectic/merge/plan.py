@@ -9,6 +9,7 @@ from eutectic.checkpoint.save import need_bytes, units
 from eutectic.checkpoint.spec import layout_nbytes
 from eutectic.errors import BudgetError
 from eutectic.merge._memory import resident_bytes
+from eutectic.merge.adapters import Fused
 from eutectic.merge.compose import Composed
 from eutectic.merge.view import Merged
 
@@ -42,7 +43,7 @@ class Plan(NamedTuple):
         return self.process_bytes + self.work_bytes + SLACK_BYTES
 
 
-def plan(merged: Merged | Composed, memory_bytes: int | None = None, threads: int = 2) -> Plan:
+def plan(merged: Merged | Composed | Fused, memory_bytes: int | None = None, threads: int = 2) -> Plan:
     """The plan of a merge; reads no tensor.
 
     ``memory_bytes`` is what the whole process may take: by default 1.5 GiB, or what the largest tensor takes if that is more.

@@ -18,6 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from eutectic import registry
 from eutectic.errors import ParameterError, RecipeError, UnknownNameError, did_you_mean
+from eutectic.merge.spaces import SpaceName
 from eutectic.methods._method import signature_model, validated
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Recipe(pydantic.BaseModel):
     ``tokenizer`` gives models of several vocabularies one; ``chat_template`` is ``auto``, a built-in's name or a template.
     A method that is fitted to data has ``tasks``, a suite's name or folder, unless it has a ``suite``; or the ``artefact`` of
     an earlier fit, a folder.
+    With ``output: adapter`` the experts are PEFT folders, and so is the result: merged in a ``space``, core by default, and of
+    ``rank`` at most.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,6 +70,9 @@ class Recipe(pydantic.BaseModel):
     chat_template: str | None = None
     tasks: str | None = None
     artefact: str | None = None
+    output: Literal["adapter"] | None = None
+    space: SpaceName | None = None
+    rank: Annotated[int, Field(ge=1)] | None = None
 
     @pydantic.field_validator("experts", mode="before")
     @classmethod
@@ -116,7 +122,15 @@ class Recipe(pydantic.BaseModel):
             given = validated(self.method, override["parameters"])
             override["parameters"] = {key: given[key] for key in override["parameters"]}
         data["experts"] = list(data["experts"].items())
-        late = ("tokenizer", "chat_template", "tasks", "artefact")  # so that older recipes keep their hashes
+        late = (
+            "tokenizer",
+            "chat_template",
+            "tasks",
+            "artefact",
+            "output",
+            "space",
+            "rank",
+        )  # so that older recipes keep their hashes
         data = {key: value for key, value in data.items() if value is not None or key not in late}
         return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
@@ -243,6 +257,7 @@ def _check_method(recipe: Recipe, data: CommentedMap, source: str) -> None:
     for key in ("tasks", "artefact"):
         if not fitted and getattr(recipe, key):
             raise RecipeError(f"{source}:{line_of(data, [key])}: {recipe.method} is fitted to nothing: leave out `{key}`")
+    _check_output(recipe, data, source, fitted)
     for where, parameters in [(["parameters"], recipe.parameters)] + [
         (["overrides", i, "parameters"], override.parameters) for i, override in enumerate(recipe.overrides)
     ]:
@@ -250,6 +265,20 @@ def _check_method(recipe: Recipe, data: CommentedMap, source: str) -> None:
             validated(recipe.method, parameters)
         except ParameterError as error:
             raise ParameterError(f"{source}:{line_of(data, [*where, *error.where])}: {error}", error.where) from None
+
+
+def _check_output(recipe: Recipe, data: CommentedMap, source: str, fitted: bool) -> None:
+    """What goes with ``output: adapter``, and what does not."""
+    if recipe.output is None:
+        for key in ("space", "rank"):
+            if getattr(recipe, key) is not None:
+                raise RecipeError(f"{source}:{line_of(data, [key])}: `{key}` is of an adapter: add `output: adapter`")
+        return
+    if fitted:
+        raise RecipeError(f"{source}:{line_of(data, ['output'])}: {recipe.method} is fitted to data, and fuses whole models")
+    for key in ("suite", "tokenizer", "chat_template"):
+        if getattr(recipe, key):
+            raise RecipeError(f"{source}:{line_of(data, [key])}: an adapter is merged from PEFT folders: leave out `{key}`")
 
 
 def _require_distinct_keys(node: Any, source: str) -> None:

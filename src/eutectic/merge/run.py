@@ -17,8 +17,10 @@ from eutectic import record, registry
 from eutectic.checkpoint.aligned import aligned, vocabulary_tensors
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.chat import write_chat_template
-from eutectic.checkpoint.folder import copy_side_files, model_card, open_path, provenance
+from eutectic.checkpoint.folder import adapter_base, copy_side_files, model_card, open_path, provenance
 from eutectic.checkpoint.hashed import Hashed
+from eutectic.checkpoint.lora import open_lora
+from eutectic.checkpoint.peft import CONFIG_FILE, open_adapter
 from eutectic.checkpoint.publish import resumable
 from eutectic.checkpoint.save import Progress, save_tensors, silent, tensor_hashes, tensor_norms
 from eutectic.checkpoint.tokenizer import VOCABULARY_FILES
@@ -26,6 +28,8 @@ from eutectic.checkpoint.views import Repaired
 from eutectic.checkpoint.writer import MAX_SHARD_BYTES
 from eutectic.errors import CheckpointError, ParameterError, RecipeError
 from eutectic.merge._memory import keep_freed_memory
+from eutectic.merge.adapter_folder import save_adapter
+from eutectic.merge.adapters import Fused
 from eutectic.merge.cluster import save_tensors as save_on_cluster
 from eutectic.merge.compose import Composed, Outcome
 from eutectic.merge.plan import plan
@@ -47,7 +51,7 @@ DTYPE_WORDS: dict[torch.dtype, Dtype] = {
 }
 
 
-def merged_from(recipe: Recipe | MergekitRecipe, folder: Path = Path()) -> Merged | Composed:
+def merged_from(recipe: Recipe | MergekitRecipe, folder: Path = Path()) -> Merged | Composed | Fused:
     """Open what a recipe names, paths relative to ``folder``, and bind its method.  Raises as Merged does, and RecipeError."""
     if not isinstance(recipe, Recipe):
         return recipe.open(folder)
@@ -55,6 +59,8 @@ def merged_from(recipe: Recipe | MergekitRecipe, folder: Path = Path()) -> Merge
         raise RecipeError(f"the recipe names the suite {recipe.suite!r}; it is opened by `eutectic`, not by the merge engine")
     if recipe.is_fitted:
         raise RecipeError(f"{recipe.method} is fitted to data: `eutectic fuse` does so, or names an `artefact`")
+    if recipe.output is not None:
+        return _fused(recipe, folder)
     base, experts = opened(recipe, folder)
     if recipe.tokenizer is not None or recipe.chat_template is not None:
         return _spoken(recipe, ({"base": base} if base is not None else {}) | experts)
@@ -64,10 +70,27 @@ def merged_from(recipe: Recipe | MergekitRecipe, folder: Path = Path()) -> Merge
     return merged
 
 
-def opened(recipe: Recipe, folder: Path) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
-    """The base and the experts that a recipe names by path."""
+def _fused(recipe: Recipe, folder: Path) -> Fused:
+    """An adapter of adapters."""
     base = _open(recipe.base, folder) if recipe.base else None
-    return base, {name: _open(path, folder) for name, path in recipe.experts.items()}
+    adapters = {name: open_adapter(_local(path, folder)) for name, path in recipe.experts.items()}
+    dtype, space = getattr(torch, recipe.dtype) if recipe.dtype else None, recipe.space or "core"
+    overrides = [Override(o.match, o.parameters) for o in recipe.overrides]
+    return Fused(
+        recipe.method, adapters, recipe.bound_parameters(), overrides, base=base, space=space, rank=recipe.rank, dtype=dtype
+    )
+
+
+def opened(recipe: Recipe, folder: Path) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+    """The base and the experts that a recipe names by path; an adapter whose base is not here is one of the recipe's."""
+    base = _open(recipe.base, folder) if recipe.base else None
+
+    def expert(path: Path) -> Checkpoint:
+        if base is not None and (path / CONFIG_FILE).exists() and adapter_base(path) is None:
+            return open_lora(path, base)
+        return open_path(path)
+
+    return base, {name: expert(_local(path, folder)) for name, path in recipe.experts.items()}
 
 
 def _spoken(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Composed:
@@ -102,8 +125,11 @@ def bind(recipe: Recipe, base: Checkpoint | None, experts: Mapping[str, Checkpoi
 
 
 def _open(path: str, folder: Path) -> Checkpoint:
-    local = folder / path
-    return open_path(local if local.exists() else Path(path))
+    return open_path(_local(path, folder))
+
+
+def _local(path: str, folder: Path) -> Path:
+    return folder / path if (folder / path).exists() else Path(path)
 
 
 def save(
@@ -128,11 +154,18 @@ def save(
     the number of processors by default.  With ``cluster``, the address of a Ray cluster, its machines do the work, and
     ``memory_bytes`` is for each of their processes: see ``merge.cluster``.  With ``repair``, entries of an input that are
     NaN or Inf are taken from the base (without one, the first expert), and as 0 in that itself; ``eutectic.json`` counts them.
+    A fused adapter becomes a PEFT folder, see ``save_adapter``.
     ``attach`` is called with the folder before it appears, to put further files there.
     Raises OutputError if ``out`` exists and ``replace`` is not set, BudgetError, DiskFullError, NonFiniteError; then nothing is
     left behind, but for a disk that fills up half-way, or machines that are lost (ClusterError): what was written stays beside
     ``out``, for the same call to carry on.
     """
+    if isinstance(checkpoint, Fused):
+        if repair or cluster is not None or memory_bytes is not None:
+            raise ParameterError(
+                "an adapter is merged as it is, on one machine: leave out `repair`, `cluster` and `memory_bytes`"
+            )
+        return save_adapter(checkpoint, out, replace=replace, recipe=recipe, threads=threads, progress=progress)
     out, budget_bytes = Path(out), math.inf
     repaired: dict[str, Repaired] = {}
     threads = threads or len(os.sched_getaffinity(0))
@@ -185,7 +218,7 @@ def verify(folder: Path) -> list[str]:
         expected: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["blake3"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: no provenance written by eutectic: {error}") from None
-    weights = Hashed(open_path(folder))
+    weights = Hashed(open_adapter(folder).file if (folder / CONFIG_FILE).exists() else open_path(folder))
     lines = [f"{name}: missing" for name in expected if name not in weights.specs]
     for name in weights.specs:
         if name not in expected:
@@ -202,14 +235,15 @@ def _write_side_files(checkpoint: Checkpoint, donor: Checkpoint, folder: Path) -
         # an adapter's files come before those of the model that it adapts
         copy_side_files(donor.files[-1].parent, folder, dtypes.pop() if len(dtypes) == 1 else None)
     composed = checkpoint if isinstance(checkpoint, Composed) else None
-    if composed is not None and (folder / "config.json").exists():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    if composed is not None and (path.exists() or composed.mixture is not None):
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         changed, _ = relayered(config, composed.layers)
         if composed.mixture is not None:
             changed = composed.mixture.config(changed)
         if changed != config:
             text = json.dumps(changed, indent=2, ensure_ascii=False)
-            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+            path.write_text(text + "\n", encoding="utf-8")
     tokenizer = composed.tokenizer if composed is not None else tokenizer_of(donor)
     if tokenizer is not None:
         tokenizer.write(folder)

@@ -13,7 +13,7 @@ from eutectic.checkpoint.aligned import vocabulary_tensors
 from eutectic.checkpoint.alignment import Alignment, plan_alignment, write_tokenizer
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.chat import choose_chat_template
-from eutectic.checkpoint.lora import CONFIG_FILE
+from eutectic.checkpoint.peft import CONFIG_FILE
 from eutectic.checkpoint.tokenizer import (
     Vocabulary,
     copy_tokenizer_files,

@@ -1,0 +1,141 @@
+"""The experts' changes of matrices as low-rank factors, decomposed as they are read, one layer at a time."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eutectic.checkpoint.base import Checkpoint, Spread, Thin, Turn
+from eutectic.checkpoint.spec import Layout, TensorSpec
+from eutectic.errors import NonFiniteError
+from eutectic.fusion._tensors import difference, wide
+from eutectic.merge.view import rounding
+from eutectic.methods._spectral import WORKSPACE, Svd, sketched, svd_of_product
+
+#: layers whose factors are kept after a read: two for each of two threads, as a chunk may end in the middle of a layer
+HELD = 4
+
+
+def most_directions(base: Checkpoint, weights: Checkpoint, name: str) -> int:
+    """How many directions an expert's change of a matrix may have: all, an adapter's rank, or 0 if it is not changed."""
+    start = base.read(name)
+    found = _adapter(start, weights, name)
+    if found is not None:
+        return min(found.left.shape[1], *start.shape) if found.left.any() and found.right.any() else 0
+    return 0 if torch.equal(weights.read(name), start) else min(start.shape)
+
+
+def change(base: Checkpoint, expert: str, weights: Checkpoint, name: str, most: int) -> Svd:
+    """The strongest singular components of an expert's change of a matrix; none that is rounding.
+
+    Exact if an adapter over the same weights makes it, or if it is small; else as good as ``sketched`` says.
+    Raises NonFiniteError naming the expert and the tensor.
+    """
+    start = base.read(name)
+    found = _adapter(start, weights, name)
+    if found is not None:
+        if not (torch.isfinite(found.left).all() and torch.isfinite(found.right).all()):
+            raise NonFiniteError(f"expert {expert!r} ({weights.origin}) holds a NaN or Inf in {name!r}")
+        return svd_of_product(found.left.to(wide(start)), found.right.to(wide(start)), most)
+    eps = max(torch.finfo(dtype).eps for dtype in (start.dtype, weights.spec(name).dtype))
+    delta = difference(base, expert, weights, name)
+    return sketched(delta, most, zlib.crc32(name.encode()), rounding(start.to(wide(start)), eps))
+
+
+def _adapter(start: Tensor, weights: Checkpoint, name: str) -> Thin | None:
+    """The factors of the change from ``start``, if an expert is made of ``start`` and such."""
+    found = weights.thin(name)
+    return found if found is not None and found.start.dtype == start.dtype and torch.equal(found.start, start) else None
+
+
+def factors(parts: Sequence[Svd], directions: int, rank: int) -> tuple[Tensor, Tensor]:
+    """R ``[N, d, n]`` of the rows Vᵀ and L ``[m, N, r]`` of the columns U S of N decompositions; zeros for what is lacking."""
+    right = torch.stack([F.pad(part.Vh[:directions], (0, 0, 0, max(0, directions - len(part.s)))) for part in parts])
+    left = [part.U[:, :rank] * part.s[:rank] for part in parts]
+    return right, torch.stack([F.pad(scaled, (0, rank - scaled.shape[1])) for scaled in left], dim=1)
+
+
+class Layer(NamedTuple):
+    """A layer's own tensors in the base, how many directions and which rank its factors have, and whether its weight is Wᵀ."""
+
+    weight: str
+    bias: str | None
+    directions: int
+    rank: int
+    turned: bool = False
+
+
+@final
+class Factors(Checkpoint):
+    """What ``LowRankExperts`` holds beside W₀ and b₀: ``right``, ``left`` and, with a bias, ``shift``, in the base's dtype.
+
+    A layer is decomposed when one of its factors is read, and forgotten when ``HELD`` others were.  It owns nothing.
+    """
+
+    def __init__(self, base: Checkpoint, experts: Mapping[str, Checkpoint], layers: Mapping[str, Layer]) -> None:
+        """``layers`` are by the prefix of their tensors' names, which ends in a dot unless it is empty."""
+        self._base, self._experts, self._layers = base, dict(experts), dict(layers)
+        self.origin, self.files = base.origin, base.files
+        self._turns = {prefix: Turn() for prefix in layers}
+        self._held: dict[str, dict[str, Tensor]] = {}
+        self._specs: dict[str, TensorSpec] = {}
+        for prefix, (weight, bias, directions, rank, turned) in layers.items():
+            (m, n), dtype, N = base.spec(weight).shape[:: -1 if turned else 1], base.spec(weight).dtype, len(experts)
+            self._specs[f"{prefix}right"] = TensorSpec((N, directions, n), dtype)
+            self._specs[f"{prefix}left"] = TensorSpec((m, N, rank), dtype)
+            if bias is not None:
+                self._specs[f"{prefix}shift"] = TensorSpec((N, m), dtype)
+
+    @property
+    def specs(self) -> Layout:
+        """See the class."""
+        return self._specs
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        prefix, key = _split(name)
+        return self._of(prefix, key).to(self._specs[name].dtype).reshape(-1)[start:stop]
+
+    def _of(self, prefix: str, key: str) -> Tensor:
+        weight, bias, directions, rank, turned = self._layers[prefix]
+        if key == "shift" and bias is not None:
+            return torch.stack([difference(self._base, name, expert, bias) for name, expert in self._experts.items()])
+        with self._turns[prefix]:
+            found = self._held.get(prefix)
+            if found is None:
+                most = max(directions, rank)
+                parts = [change(self._base, name, expert, weight, most) for name, expert in self._experts.items()]
+                parts = [Svd(part.Vh.T, part.s, part.U.T) for part in parts] if turned else parts
+                found = dict(zip(("right", "left"), factors(parts, directions, rank), strict=True))
+                kept = list(self._held.items())
+                self._held = dict(kept[max(0, len(kept) + 1 - HELD) :]) | {prefix: found}
+            return found[key]
+
+    def grain(self, name: str) -> int:
+        """A layer is decomposed as a whole."""
+        return 1 if name.endswith("shift") else self._specs[name].numel
+
+    def prepare(self, names: Sequence[str], spread: Spread = map) -> None:
+        """As the base and the experts."""
+        read = [self._layers[_split(name)[0]].weight for name in names]
+        for checkpoint in (self._base, *self._experts.values()):
+            checkpoint.prepare(read, spread)
+
+    def need_bytes(self, name: str, n: int) -> int:
+        """What decomposing one expert's change takes, and all factors of the layer in float32 or wider, twice."""
+        prefix, key = _split(name)
+        if key == "shift":
+            return 8 * len(self._experts) * n
+        weight, size = self._layers[prefix].weight, max(4, self._specs[name].dtype.itemsize)
+        m = self._base.spec(weight).numel
+        read = max(checkpoint.need_bytes(weight, m) for checkpoint in (self._base, *self._experts.values()))
+        return 2 * read + WORKSPACE * m + 2 * size * (self._specs[f"{prefix}right"].numel + self._specs[f"{prefix}left"].numel)
+
+
+def _split(name: str) -> tuple[str, str]:
+    prefix, dot, key = name.rpartition(".")
+    return prefix + dot, key
