@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eutectic.task import Arrays
 from eutectic.tuning.lora import attach
+
+
+class Samples(Protocol):
+    """What is trained on: ``Arrays``, or anything else that knows its size and gives inputs and labels of some samples.
+
+    Labels are ``[B]``, or one for each token, ``[B, L]``, with −100 where there is none; the head then gives ``[B, C, L]``.
+    """
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Those at ``index`` ``[B]``."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +49,7 @@ class Training:
 def fine_tune(
     backbone: nn.Module,
     head: Callable[[Tensor], Tensor],
-    train: Arrays,
+    train: Samples,
     training: Training,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
@@ -53,7 +68,7 @@ def fine_tune(
 def _train(
     backbone: nn.Module,
     head: Callable[[Tensor], Tensor],
-    train: Arrays,
+    train: Samples,
     training: Training,
     progress: Callable[[int, float], None],
 ) -> None:
