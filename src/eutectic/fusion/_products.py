@@ -165,9 +165,7 @@ class _Sparse(NamedTuple):
 
     def _add(self, tile: int, c: Tensor, size: int, out: Tensor) -> None:
         gaps, values = self.gaps[tile], self.values[tile]
-        _library().eutectic_scatter(
-            gaps.data_ptr(), values.data_ptr(), len(gaps), c.data_ptr(), len(c), size, out.data_ptr()
-        )
+        _library().eutectic_scatter(gaps.data_ptr(), values.data_ptr(), len(gaps), c.data_ptr(), len(c), size, out.data_ptr())
 
 
 def _product(x: Tensor, c: Tensor, weight: Tensor, experts: _Experts) -> Tensor:
