@@ -40,7 +40,17 @@ class Turned(nn.Linear):
         super().__init__(*weight.shape, bias=False, device="meta")
         self.weight, self.bias = weight, module.get_parameter("bias")
         self.train(module.training)
-        self.stands_for = [module]  # in a list, as it is no part of this one
+        self._stands_for = [module]  # in a list, as it is no part of this one
+
+    @property
+    def module(self) -> nn.Module:
+        """The one that it stands for."""
+        return self._stands_for[0]
+
+
+def module_of(linear: nn.Linear) -> nn.Module:
+    """The network's own module of one of its ``linears``."""
+    return linear.module if isinstance(linear, Turned) else linear
 
 
 class Routed(nn.Linear):
@@ -318,7 +328,7 @@ def routed(network: nn.Module, layers: Mapping[str, Description], weights: Check
             raise LayoutError(f"{weights.origin}: routes the layer {name!r}, but the network has {', '.join(known)}")
         linear = known[name]
         layer = _layer(linear, about, blocks, routers)
-        new[linear.stands_for[0] if isinstance(linear, Turned) else linear] = layer
+        new[module_of(linear)] = layer
         for key, expected in _missing(layer):
             _take(layer, key, expected, weights, named(name, key), linear)
         layer.about = dict(about)

@@ -17,7 +17,7 @@ from eutectic.errors import ParameterError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import fill
 from eutectic.fusion._lowrank import low_rank_layers, with_factors
-from eutectic.fusion._routing import Discriminant, Padding, linears, named
+from eutectic.fusion._routing import Discriminant, Padding, linears, module_of, named
 from eutectic.fusion._tensors import chosen, own_tasks
 from eutectic.merge.view import Merged
 from eutectic.methods._method import Count
@@ -60,7 +60,8 @@ def smile_prototypes(rank: Count = 32, after: Annotated[int, Field(ge=0)] = 1, s
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
         own = own_tasks(models, tasks)
         sizes, names = low_rank_layers(models, run, rank, rank)
-        blocks = {layer: match[1] for layer in sizes if (match := BLOCK.fullmatch(layer))}
+        numbered = {layer: match[1] for layer in sizes if (match := BLOCK.fullmatch(layer))}
+        blocks = numbered or {layer: layer for layer in sizes}
         order = list(dict.fromkeys(blocks.values()))
         if len(order) <= after:
             raise ParameterError(f"after = {after}: experts differ in {len(order)} blocks of the network", ("after",))
@@ -85,7 +86,7 @@ def _features(models: ModelSet, leader: str, seen: Sequence[tuple[Task, Tensor]]
     network, padding, found = copy.deepcopy(models.network), Padding(), list[list[Tensor]]()
     fill(network, Merged("average", models.base, models.experts))
     padding.listen(network)
-    linears(network)[leader].register_forward_pre_hook(
+    module_of(linears(network)[leader]).register_forward_pre_hook(
         lambda module, args: found[-1].append(padding.mean(Discriminant.features(args[0])).double().cpu())
     )
     for number, (task, index) in enumerate(seen, start=1):
@@ -104,7 +105,7 @@ def discriminant(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     means = torch.stack([x.mean(0) for x in learn])
     within = torch.cat([x - mean for x, mean in zip(learn, means, strict=True)])
     covariance = within.T @ within / len(within)
-    size = covariance.diagonal().mean().clamp(min=torch.finfo(covariance.dtype).tiny)
+    size = covariance.diagonal().mean().clamp(min=1e-12)
     covariance = covariance.mul(1 - SHRINKAGE).diagonal_scatter(covariance.diagonal() * (1 - SHRINKAGE) + SHRINKAGE * size)
     centred = means - means.mean(0)
     W = torch.linalg.solve(covariance, centred.T).T
