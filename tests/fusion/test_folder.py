@@ -19,6 +19,7 @@ from eutectic.fusion._fusion import ModelSet, Run
 
 PARAMETERS = {
     "smile": {"rank": 3, "gate_rank": 2},
+    "smile_prototypes": {"rank": 3},
     "wemoe": {"steps": 2, "lr": 0.1, "batch_size": 2},
     "e_wemoe": {"steps": 2, "lr": 0.1, "batch_size": 2, "density": 0.3},
 }
@@ -27,7 +28,7 @@ PARAMETERS = {
 def setting_of(kind, name):
     network, width = network_of(kind, torch.float32)
     tasks = tasks_of(kind, width, n=8, dtype=torch.float32)
-    parameters = PARAMETERS[name] | ({"blocks": "(fir).*"} if name != "smile" and kind == "awkward" else {})
+    parameters = PARAMETERS[name] | ({"blocks": "(fir).*"} if "wemoe" in name and kind == "awkward" else {})
     return ModelSet(network, base_of(network), experts_of(network)), tasks, parameters
 
 

@@ -43,9 +43,9 @@ def run(*arguments):
     return result
 
 
-@pytest.mark.parametrize("method", ["adamerging", "concrete_task_arithmetic", "wemoe", "e_wemoe", "smile"])
+@pytest.mark.parametrize("method", ["adamerging", "concrete_task_arithmetic", "wemoe", "e_wemoe", "smile", "smile_prototypes"])
 def test_what_fuse_wrote_merge_writes_again_from_its_artefact(recipe, tmp_path, method):
-    parameters = "rank: 2, gate_rank: 2" if method == "smile" else "steps: 2, batch_size: 2"
+    parameters = {"smile": "rank: 2, gate_rank: 2", "smile_prototypes": "rank: 2"}.get(method, "steps: 2, batch_size: 2")
     assert run("fuse", recipe(method, parameters), tmp_path / "out").exit_code == 0
     about = json.loads((tmp_path / "out" / "artefact" / "artefact.json").read_text())
     assert about["method"] == method

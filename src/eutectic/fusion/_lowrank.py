@@ -12,9 +12,13 @@ from torch.nn import functional as F
 
 from eutectic.checkpoint.base import Checkpoint, Spread, Thin, Turn
 from eutectic.checkpoint.spec import Layout, TensorSpec
-from eutectic.errors import NonFiniteError
-from eutectic.fusion._tensors import difference, wide
-from eutectic.merge.view import rounding
+from eutectic.checkpoint.views import Overlay, Select
+from eutectic.errors import LayoutError, NonFiniteError
+from eutectic.fusion._fusion import Artefact, ModelSet, Run
+from eutectic.fusion._routing import Description, Turned, linears, named
+from eutectic.fusion._tensors import difference, names_of, wide
+from eutectic.merge.compose import Joined
+from eutectic.merge.view import Merged, rounding
 from eutectic.methods._spectral import WORKSPACE, Svd, sketched, svd_of_product
 
 #: layers whose factors are kept after a read: two for each of two threads, as a chunk may end in the middle of a layer
@@ -139,3 +143,44 @@ class Factors(Checkpoint):
 def _split(name: str) -> tuple[str, str]:
     prefix, dot, key = name.rpartition(".")
     return prefix + dot, key
+
+
+# ── the methods that keep experts so ──────────────────────────────────────────────────────────────────────────────────
+
+
+def low_rank_layers(
+    models: ModelSet, run: Run, rank: int, directions: int
+) -> tuple[dict[str, Description], dict[str, list[list[str]]]]:
+    """The linear layers that any expert changed: the sizes of their factors, and the base's names of weight and bias.
+
+    No more than a matrix has, or than adapters have.  Raises LayoutError if there are none.
+    """
+    base, experts = models.base, models.experts
+    names, layers = names_of(models), linears(models.network)
+    sizes, own = dict[str, Description](), dict[str, list[list[str]]]()
+    for number, (layer, linear) in enumerate(layers.items(), start=1):
+        run.progress("linear layers", number, len(layers))
+        groups = [names[id(p)] for p in linear.parameters()]
+        weight, *bias = (group[0] for group in groups)
+        most = max(most_directions(base, expert, weight) for expert in experts.values())
+        if most or not all(torch.equal(base.read(name), expert.read(name)) for name in bias for expert in experts.values()):
+            own[layer] = groups
+            sizes[layer] = {
+                **{"kind": "low_rank", "experts": len(experts), "turned": isinstance(linear, Turned)},
+                **{"directions": min(directions, most), "rank": min(rank, most)},
+            }
+    if not sizes:
+        raise LayoutError(f"no expert differs from the base in any of {len(layers)} linear layers, so there is nothing to keep")
+    return sizes, own
+
+
+def with_factors(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact, *, averaged: bool) -> Checkpoint:
+    """The factors of an artefact's layers and its own tensors, over the base, or over the experts' average elsewhere."""
+    sizes, layers, kept = artefact.about["layers"], dict[str, Layer](), set[str]()
+    for layer in sizes:
+        groups = artefact.about["own"][layer]
+        weight, bias = (*(group[0] for group in groups), None)[:2]
+        layers[named(layer, "")] = Layer(weight, bias, *(sizes[layer][key] for key in ("directions", "rank", "turned")))
+        kept.update(name for group in groups for name in group)
+    below = Overlay(Merged("average", base, experts), Select(base, kept.__contains__)) if averaged else base
+    return Joined([below, Factors(base, experts, layers), artefact.tensors], below.origin)

@@ -40,7 +40,17 @@ class Turned(nn.Linear):
         super().__init__(*weight.shape, bias=False, device="meta")
         self.weight, self.bias = weight, module.get_parameter("bias")
         self.train(module.training)
-        self.stands_for = [module]  # in a list, as it is no part of this one
+        self._stands_for = [module]  # in a list, as it is no part of this one
+
+    @property
+    def module(self) -> nn.Module:
+        """The one that it stands for."""
+        return self._stands_for[0]
+
+
+def module_of(linear: nn.Linear) -> nn.Module:
+    """The network's own module of one of its ``linears``."""
+    return linear.module if isinstance(linear, Turned) else linear
 
 
 class Routed(nn.Linear):
@@ -120,6 +130,12 @@ class Padding:
         """A hook before ``forward``."""
         self.mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
 
+    def listen(self, network: nn.Module) -> None:
+        """Note the mask whenever the network is called, if any of its modules takes one."""
+        hears = (m for m in network.modules() if "attention_mask" in inspect.signature(m.forward).parameters)
+        if (first := next(hears, None)) is not None:
+            first.register_forward_pre_hook(self.note, with_kwargs=True)
+
     def mean(self, x: Tensor) -> Tensor:
         """The mean ``[B, N]`` of ``[B, …, N]`` over a sample's tokens, without hidden ones if the mask is of these tokens."""
         if self.mask is None or self.mask.shape != x.shape[:-1]:
@@ -178,6 +194,26 @@ class MergedExperts(Routed):
         return y.view(*input.shape[:-1], self.out_features)
 
 
+class LowRankOfSample(MergedExperts):
+    """With Dᵢ = LᵢRᵢ, and weights that sum to one, the softmax of what the router gives: R ``[N, r, n]``, L ``[m, N, r]``."""
+
+    def __init__(self, linear: nn.Linear, experts: int, rank: int, shared: Shared, router: nn.Module | None) -> None:
+        """See ``MergedExperts``."""
+        super().__init__(linear, experts, shared, router)
+        self.right = self.expected(experts, rank, self.in_features)
+        self.left = self.expected(self.out_features, experts, rank)
+
+    def choice(self, input: Tensor) -> Tensor:
+        """See ``MergedExperts``."""
+        found = super().choice(input)
+        return found if self.router is None else found.softmax(-1)
+
+    def product(self, x: Tensor, c: Tensor) -> Tensor:
+        """Through the factors: no matrix is merged."""
+        z = F.linear(x, self.right.flatten(0, 1)).unflatten(-1, self.right.shape[:2])
+        return F.linear(x, self.matrix) + F.linear((z * c[:, None, :, None]).flatten(-2), self.left.flatten(1))
+
+
 class DenseExperts(MergedExperts):
     """With whole matrices: ``deltas`` is D ``[N, m, n]``."""
 
@@ -218,6 +254,23 @@ class Constant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[…, n]`` → ``[…, N]``."""
         return self.bias.expand(*x.shape[:-1], -1)
+
+
+class Discriminant(nn.Linear):
+    """A router that is linear in a token's numbers and their magnitudes."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        """Of tokens of this width."""
+        super().__init__(2 * width, outputs)
+
+    @staticmethod
+    def features(input: Tensor) -> Tensor:
+        """``[…, n]`` → ``[…, 2 n]``."""
+        return torch.cat([input, input.abs()], dim=-1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[…, n]`` → ``[…, N]``."""
+        return super().forward(self.features(input))
 
 
 def router(width: int, outputs: int, hidden: int) -> nn.Sequential:
@@ -275,7 +328,7 @@ def routed(network: nn.Module, layers: Mapping[str, Description], weights: Check
             raise LayoutError(f"{weights.origin}: routes the layer {name!r}, but the network has {', '.join(known)}")
         linear = known[name]
         layer = _layer(linear, about, blocks, routers)
-        new[linear.stands_for[0] if isinstance(linear, Turned) else linear] = layer
+        new[module_of(linear)] = layer
         for key, expected in _missing(layer):
             _take(layer, key, expected, weights, named(name, key), linear)
         layer.about = dict(about)
@@ -283,9 +336,8 @@ def routed(network: nn.Module, layers: Mapping[str, Description], weights: Check
         if path and module in new:
             parent, _, name = path.rpartition(".")
             setattr(network.get_submodule(parent), name, new[module])
-    hears = (m for m in network.modules() if "attention_mask" in inspect.signature(m.forward).parameters)
-    if routers and (first := next(hears, None)) is not None:
-        first.register_forward_pre_hook(padding.note, with_kwargs=True)
+    if any("router" in about for about in layers.values()):
+        padding.listen(network)
     return new.get(network, network)
 
 
@@ -308,6 +360,8 @@ def _layer(linear: nn.Linear, about: Description, blocks: Mapping[str, Shared], 
     match dict(about):
         case {"kind": "low_rank", "experts": int(n), "directions": int(d), "rank": int(r), "gate": int(gate), "top": int(top)}:
             return LowRankExperts(linear, n, d, r, gate, top)
+        case {"kind": "low_rank", "experts": int(n), "rank": int(r), "block": str(block)}:
+            return LowRankOfSample(linear, n, r, blocks[block], _router(linear, n, about, routers))
         case {"kind": "dense", "experts": int(n), "block": str(block)}:
             return DenseExperts(linear, n, blocks[block], _router(linear, n, about, routers))
         case {"kind": "sparse", "experts": int(n), "block": str(block), "counts": list(counts)} if all(
@@ -327,6 +381,9 @@ def _router(linear: nn.Linear, outputs: int, about: Description, routers: dict[s
                 with torch.device("meta"):
                     routers[name] = router(linear.in_features, outputs, hidden).to(linear.weight.dtype)
             return routers[name]
+        case {"kind": "discriminant"}:
+            with torch.device("meta"):
+                return Discriminant(linear.in_features, outputs).to(linear.weight.dtype)
     raise LayoutError(f"no router is described by {about['router']}")
 
 

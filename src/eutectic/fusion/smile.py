@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import torch
-
 from eutectic.checkpoint.base import Checkpoint, Memory
-from eutectic.checkpoint.views import Overlay, Select
-from eutectic.errors import LayoutError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
-from eutectic.fusion._lowrank import Factors, Layer, most_directions
-from eutectic.fusion._routing import Description, Turned, linears, named
-from eutectic.fusion._tensors import names_of
-from eutectic.merge.compose import Joined
-from eutectic.merge.view import Merged
+from eutectic.fusion._lowrank import low_rank_layers, with_factors
 from eutectic.methods._method import Count
 from eutectic.task import Task
 
@@ -29,7 +21,8 @@ def smile(rank: Count = 32, gate_rank: Count = 16, top_k: Count = 1, rest: Liter
         pᵢ = softmax over the top_k of ‖Vᵢᵀ x‖, by the gate_rank strongest directions; 0 for the other experts
 
     Looks at no data; tasks may be left out.  Every token and layer chooses for itself.  LoRA experts that began with the same A
-    have nearly the same Vᵢ, whose gate cannot tell them apart, however well the factors hold each of them.
+    have nearly the same Vᵢ, whose gate cannot tell them apart, however well the factors hold each of them: with a few
+    unlabelled inputs ``smile_prototypes`` can.
 
     Args:
         rank: directions kept of each expert and matrix, at most; as many as the matrix has are lossless.
@@ -52,42 +45,13 @@ def smile(rank: Count = 32, gate_rank: Count = 16, top_k: Count = 1, rest: Liter
     """
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
-        base, experts = models.base, models.experts
-        names, layers = names_of(models), linears(models.network)
-        sizes, own = dict[str, Description](), dict[str, list[list[str]]]()
-        for number, (layer, linear) in enumerate(layers.items(), start=1):
-            run.progress("linear layers", number, len(layers))
-            groups = [names[id(p)] for p in linear.parameters()]
-            weight, *bias = (group[0] for group in groups)
-            most = max(most_directions(base, expert, weight) for expert in experts.values())
-            if not most and all(
-                torch.equal(base.read(name), expert.read(name)) for name in bias for expert in experts.values()
-            ):
-                continue
-            own[layer] = groups
-            sizes[layer] = {
-                **{"kind": "low_rank", "experts": len(experts), "top": top_k, "gate": min(gate_rank, linear.in_features - 1)},
-                **{
-                    "directions": min(max(rank, gate_rank), most),
-                    "rank": min(rank, most),
-                    "turned": isinstance(linear, Turned),
-                },
-            }
-        if not sizes:
-            raise LayoutError(
-                f"no expert differs from the base in any of {len(layers)} linear layers, so there is nothing to keep"
-            )
+        sizes, own = low_rank_layers(models, run, rank, max(rank, gate_rank))
+        for layer, about in sizes.items():
+            width = models.base.spec(own[layer][0][0]).shape[0 if about["turned"] else 1]
+            sizes[layer] = {**about, "top": top_k, "gate": min(gate_rank, width - 1)}
         return Artefact(Memory({}), {"layers": sizes, "own": own})
 
     def build(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Checkpoint:
-        sizes, layers, kept = artefact.about["layers"], dict[str, Layer](), set[str]()
-        for layer, groups in artefact.about["own"].items():
-            weight, bias = (*(group[0] for group in groups), None)[:2]
-            layers[named(layer, "")] = Layer(weight, bias, *(sizes[layer][key] for key in ("directions", "rank", "turned")))
-            kept.update(name for group in groups for name in group)
-        below = base
-        if rest == "average":
-            below = Overlay(Merged("average", base, experts), Select(base, kept.__contains__))
-        return Joined([below, Factors(base, experts, layers)], below.origin)
+        return with_factors(base, experts, artefact, averaged=rest == "average")
 
     return Fusion(fit, build, least_tasks=0)
