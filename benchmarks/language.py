@@ -29,7 +29,6 @@ import torch
 import eutectic as eu
 from eutectic import record
 from eutectic.bench import sources
-from eutectic.bench.backbones import fill
 from eutectic.bench.language import (
     Decoder,
     Perplexity,
@@ -46,6 +45,7 @@ from eutectic.checkpoint.folder import from_hub
 from eutectic.checkpoint.hashed import fingerprint
 from eutectic.checkpoint.publish import published
 from eutectic.checkpoint.views import Cast, Lerp
+from eutectic.fusion._folder import filled
 from eutectic.record import Record
 from eutectic.tuning.lora import save_adapter
 from eutectic.tuning.trainer import Training, fine_tune
@@ -198,8 +198,7 @@ class Models:
 
     def filled(self, weights: Checkpoint) -> Any:
         """The network with these weights."""
-        fill(Decoder(self.network), weights)
-        return self.network
+        return filled(self.network, weights)
 
     def closed(self, method: str, val: Mapping[str, Texts], say: Callable[[str], None]) -> tuple[Any, dict[str, Any]]:
         """A merge, and fields of its records; its scale is the one with the least mean log perplexity on ``val``."""
@@ -250,6 +249,7 @@ def score(out: Path, records: Path, say: Callable[[str], None] = print) -> None:
         **{method: functools.partial(models.closed, method, val, say) for method in CLOSED},
         **{label: functools.partial(models.mixed, label, say) for label in MIXED},
     }
+    used = {"pretrained": ["base"]} | {f"expert({name})": ["base", name] for name in models.experts}
     done = {found.method for found in record.load(records)} if records.exists() else set()
     start: dict[str, torch.Tensor] = {}
     for label, make in makers.items():
@@ -270,11 +270,13 @@ def score(out: Path, records: Path, say: Callable[[str], None] = print) -> None:
             "method": label,
             "wall_s": made_s,
             "peak_rss_bytes": record.peak_rss_bytes(),
-            "inputs": {name: prints[name] for name in ("base", *models.experts) if label != "pretrained" or name == "base"},
+            "inputs": {name: prints[name] for name in used.get(label, prints)},
             "versions": record.versions(),
         }
         if label not in done:
             record.append(records, list(described(rows, test, list(models.experts), about | fields)))
+    if "individual" not in done:
+        record.append(records, list(individual(list(record.load(records)), list(models.experts))))
 
 
 def described(
@@ -289,6 +291,18 @@ def described(
         found["mean"] = geometric_mean({name: found[name] for name in domains})
         for name, (value, low, high, n) in found.items():
             yield Record(**fields, task=name, metric=metric, value=value, low=low, high=high, n=n)
+
+
+def individual(found: Sequence[Record], domains: Sequence[str]) -> Iterator[Record]:
+    """What each expert has on its own domain, and their mean: what a fusion is to come near to."""
+    for metric in dict.fromkeys(r.metric for r in found):
+        own = {r.task: r for r in found if r.metric == metric and r.method == f"expert({r.task})"}
+        rows = {name: Perplexity(own[name].value, own[name].low, own[name].high, own[name].n) for name in domains}
+        for name, (value, low, high, n) in (rows | {"mean": geometric_mean(rows)}).items():
+            about = own.get(name, own[domains[0]])
+            inputs = {key: hash_ for r in own.values() if name in (r.task, "mean") for key, hash_ in r.inputs.items()}
+            changed = {"task": name, "value": value, "low": low, "high": high, "n": n, "inputs": inputs}
+            yield dataclasses.replace(about, method="individual", **changed)
 
 
 def main() -> None:

@@ -96,7 +96,7 @@ def language_page() -> str:
         parts.append(f"## {metric[0].upper()}{metric[1:]}\n")
         lines = [f"| model | {' | '.join(domains)} | chosen |", f"|---|{'---:|' * len(domains)}---|"]
         for method, cells in methods.items():
-            shown = [_with_interval(cells[domain]) for domain in domains]
+            shown = [_with_interval(cells[domain]) if domain in cells else "–" for domain in domains]
             scale = next(iter(cells.values())).parameters.get("scale")
             lines.append(f"| {method} | {' | '.join(shown)} | {'' if scale is None else f'λ = {scale}'} |")
         parts.append("\n".join(lines) + "\n")

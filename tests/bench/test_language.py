@@ -186,6 +186,11 @@ def test_from_a_base_to_scored_fusions(tmp_path):
             script.build(dataclasses.replace(plan, tokens=9), out, "", tmp_path)
     metric, ratio = "perplexity", "perplexity ratio to the base"
     labels = ["pretrained", "expert(one)", "expert(two)", *script.CLOSED, *script.MIXED]
+    for name in found:
+        own = {task: found[name].pop((m, "individual", task)) for m in (metric, ratio) for task in ("one", "two", "mean")}
+        assert own["one"].value == found[name][ratio, "expert(one)", "one"].value
+        assert own["mean"].value == pytest.approx(math.sqrt(own["one"].value * own["two"].value))
+        assert set(own["one"].inputs) == {"base", "one"}
     for records in found.values():
         assert list(dict.fromkeys(method for _, method, _ in records)) == labels
         assert len(records) == 2 * 4 * len(labels)
