@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from eutectic.bench.backbones import backbone, fill
+from eutectic.bench.backbones import backbone
 from eutectic.bench.heads import few_shot, prototype_head
 from eutectic.bench.vit import ViT
 from eutectic.checkpoint.base import Memory, live
 from eutectic.checkpoint.folder import open_folder
 from eutectic.errors import CheckpointError, LayoutError, TaskError
+from eutectic.fusion._folder import filled
 
 CONFIG = {
     "model_type": "dinov2",
@@ -44,7 +45,7 @@ def test_vit_equals_transformers_dinov2_also_at_other_resolutions(image_size, pi
     expected = theirs(images).last_hidden_state
     for pooling, features in (("cls", expected[:, 0]), ("mean", expected[:, 1:].mean(1))):
         ours = ViT(CONFIG | {"image_size": image_size}, pooling).eval()
-        fill(ours, open_folder(tmp_path))
+        filled(ours, open_folder(tmp_path))
         torch.testing.assert_close(ours(images), features, rtol=1e-4, atol=1e-4)
 
 
@@ -53,7 +54,7 @@ def test_fill_refuses_other_layouts_and_backbone_other_configs(tmp_path):
     state = network.state_dict()
     name = "encoder.layer.0.mlp.fc1.bias"
     with pytest.raises(LayoutError, match=name):
-        fill(network, Memory({key: value for key, value in state.items() if key != name}))
+        filled(network, Memory({key: value for key, value in state.items() if key != name}))
     config = tmp_path / "config.json"
     with pytest.raises(CheckpointError, match=r"config\.json"):
         backbone(config, live(network), "cls")

@@ -5,11 +5,11 @@ import torch
 from tests.fusion.whole_tensors import NAMES, average, changed, fitted, models, network, task, tasks, weights
 from torch import nn
 
-from eutectic.bench.backbones import MeanPooled, fill
+from eutectic.bench.backbones import MeanPooled
 from eutectic.bench.zoo import open_suite
 from eutectic.checkpoint.base import Memory
 from eutectic.errors import NonFiniteError, ParameterError, TaskError
-from eutectic.fusion import _api
+from eutectic.fusion import _api, _folder
 from eutectic.fusion._fusion import ModelSet, Run
 from eutectic.fusion._grams import LeastSquares
 from eutectic.merge.api import state_dict
@@ -298,7 +298,7 @@ def three_of_mini():
     given = ModelSet(suite.backbone(), suite.base, suite.experts([one.name for one in of]))
 
     def score(found):
-        fill(given.network, found)
+        _folder.filled(given.network, found)
         return sum(one.score(given.network).value for one in of) / len(of)
 
     return given, of, score
