@@ -2,16 +2,18 @@
 
 import copy
 import itertools
+import json
 import math
 
 import pytest
+import safetensors.torch
 import torch
 from tests.fusion.networks import base_of, experts_of, inputs_of, network_of
 from torch import nn
 
 import eutectic as eu
 from eutectic.checkpoint.base import Memory
-from eutectic.checkpoint.lora import Lora
+from eutectic.checkpoint.lora import open_lora
 from eutectic.errors import CheckpointError, LayoutError, NonFiniteError, ParameterError
 from eutectic.fusion import _api, _lowrank, _routing
 from eutectic.fusion._routing import LowRankExperts
@@ -327,7 +329,11 @@ def test_experts_that_are_adapters_are_held_in_their_rank_and_no_dense_matrix_is
             m, n = base.spec(f"{layer}.weight").shape
             tensors[f"base_model.model.{layer}.lora_A.weight"] = x(2, n, seed=at, dtype=torch.float32)
             tensors[f"base_model.model.{layer}.lora_B.weight"] = x(m, 2, seed=at + 5, dtype=torch.float32)
-        experts[name] = Lora(base, Memory(tensors), {"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+        folder = tmp_path / name
+        folder.mkdir()
+        safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+        experts[name] = open_lora(folder, base)
     whole = {name: Memory(eu.state_dict(expert)) for name, expert in experts.items()}
     expected = fused(network, whole, rank=4, gate_rank=1)
 
