@@ -117,6 +117,16 @@ def test_fuse_leaves_backbone_and_experts_as_they_were(setting):
     assert not any(key.startswith("artefact") for key in fused.state_dict())
 
 
+def test_networks_whose_layers_cannot_be_routed_are_fused_all_the_same():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True), nn.Flatten(), nn.Linear(24, 6))
+    tasks = [Task(name, nn.Identity(), adapt=(torch.randn(8, 3, 8), torch.zeros(8, dtype=torch.long))) for name in "ab"]
+    fused = _api.fuse("adamerging", network, experts_of(network), tasks=tasks, **short("adamerging"))
+    assert not torch.equal(fused[2].weight, network[2].weight)
+    with pytest.raises(LayoutError, match="whose layers cannot be routed"):
+        _api.fuse("smile", network, experts_of(network), tasks=[])
+
+
 def test_protocols_see_different_samples_and_say_so(setting):
     models, tasks = setting
     inductive, transductive = (

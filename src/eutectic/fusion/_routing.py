@@ -320,6 +320,8 @@ def routed(network: nn.Module, layers: Mapping[str, Description], weights: Check
     Experts need no gradient.  Raises LayoutError if the network has no such layer or the tensors have other shapes, and
     CheckpointError if they are missing.
     """
+    if not layers:
+        return network  # whatever layers it has
     known, new = linears(network), dict[nn.Module, Routed]()
     padding, routers = Padding(), dict[str, nn.Module]()
     blocks = {str(about.get("block")): Shared(padding) for about in layers.values()}
