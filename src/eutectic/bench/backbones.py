@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from eutectic.bench.vit import ViT
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import CheckpointError, MissingDependencyError
 from eutectic.fusion._folder import filled
-from eutectic.fusion._routing import Description, routed
+from eutectic.fusion._routing import Description
 
 
 class MeanPooled(nn.Module):
@@ -50,7 +51,7 @@ BUILDERS: dict[str, Callable[[Mapping[str, Any], Any], nn.Module]] = {"dinov2": 
 
 
 def backbone(
-    config_file: Path, weights: Checkpoint, pooling: str, layers: Mapping[str, Description] | None = None
+    config_file: Path, weights: Checkpoint, pooling: str, layers: Mapping[str, Description] = MappingProxyType({})
 ) -> nn.Module:
     """An evaluation-mode network with these weights; ``pooling`` ("cls" or "mean") says which tokens are the features.
 
@@ -65,4 +66,4 @@ def backbone(
     build = BUILDERS.get(config.get("model_type"))
     if build is None:
         raise CheckpointError(f"{config_file}: model_type {config.get('model_type')!r} is none of {', '.join(BUILDERS)}")
-    return filled(routed(build(config, pooling), layers or {}, weights), weights).eval()
+    return filled(build(config, pooling), weights, layers).eval()

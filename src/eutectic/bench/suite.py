@@ -14,6 +14,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,9 @@ class Suite:
         weights = {"base": self.base} | self.experts()
         return {name: fingerprint(checkpoint) for name, checkpoint in weights.items()}
 
-    def backbone(self, weights: Checkpoint | None = None, layers: Mapping[str, Description] | None = None) -> nn.Module:
+    def backbone(
+        self, weights: Checkpoint | None = None, layers: Mapping[str, Description] = MappingProxyType({})
+    ) -> nn.Module:
         """The network in evaluation mode with the given weights, θ₀ by default, and the given layers routed."""
         return backbone(self.folder / "base" / "config.json", weights or self.base, self.info["settings"]["pooling"], layers)
 

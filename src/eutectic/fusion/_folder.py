@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,16 +45,21 @@ def layers_of(folder: Path) -> dict[str, Description]:
     raise CheckpointError(f"{folder / 'config.json'}: a mixture whose config has no `layers`; save it anew")
 
 
-def filled(network: nn.Module, weights: Checkpoint) -> nn.Module:
-    """The network with every tensor from a checkpoint, in place; of tied ones under one name.  Raises LayoutError."""
+def filled(network: nn.Module, weights: Checkpoint, layers: Mapping[str, Description] = MappingProxyType({})) -> nn.Module:
+    """The network with these layers routed and every tensor from a checkpoint, in place; of tied ones under one name.
+
+    Raises LayoutError, and CheckpointError for experts that are missing.
+    """
+    own = set(network.state_dict())
+    network = routed(network, layers, weights)
     state = network.state_dict(keep_vars=True)
     there = {id(tensor) for name, tensor in state.items() if name in weights.specs}
     wanted = {name: tensor for name, tensor in state.items() if name in weights.specs or id(tensor) not in there}
     layout = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in wanted.items()}
     require_same_layout(layout, weights.specs, "the network", weights.origin, any_float=True)
     with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(weights.read(name))
+        for name in wanted.keys() & own:  # the routed layers have taken the rest
+            wanted[name].copy_(weights.read(name))
     return network
 
 
@@ -71,7 +77,7 @@ def load(folder: str | Path, backbone: nn.Module | None = None) -> nn.Module:
         return _maker(folder, read_json(folder / "config.json")).from_pretrained(folder).eval()
     with open_folder(folder) as weights:
         if backbone is not None:
-            return filled(routed(backbone, layers, weights), weights).eval()
+            return filled(backbone, weights, layers).eval()
         network = _from_config(folder)
         names = _names_in_files(network)
         renamed = {layer: names.get(f"{layer}.weight", f"{layer}.weight").removesuffix(".weight") for layer in layers}
@@ -79,7 +85,7 @@ def load(folder: str | Path, backbone: nn.Module | None = None) -> nn.Module:
         for layer, path in renamed.items():
             known |= {name: path + name[len(layer) :] for name in weights.specs if name.startswith(f"{layer}.")}
         view = Rename(weights, known)
-        return filled(routed(network, {renamed[layer]: about for layer, about in layers.items()}, view), view).eval()
+        return filled(network, view, {renamed[layer]: about for layer, about in layers.items()}).eval()
 
 
 def save(source: Source, out: str | Path, **options: Any) -> Path:

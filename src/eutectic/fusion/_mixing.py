@@ -218,7 +218,7 @@ def fit_routers(
     about = {"layers": dict(layers), "kept": kept_names(models, layers)}
     weights = build(models.base, models.experts, Artefact(Memory(begun), about))
     network = routed(copy.deepcopy(models.network), layers, weights)
-    fill(network, weights)
+    fill(network, Select(weights, models.base.specs.__contains__))  # routed layers have taken the rest
     network.requires_grad_(False)
     known = network.state_dict(keep_vars=True)
     routers = {name: known[name].requires_grad_(True) for name in begun}
