@@ -16,7 +16,7 @@ from eutectic.checkpoint.views import Overlay, Select
 from eutectic.errors import LayoutError, NonFiniteError
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.fusion._routing import Description, Turned, linears, named
-from eutectic.fusion._tensors import difference, names_of, wide
+from eutectic.fusion._tensors import difference, differences, names_of, wide
 from eutectic.merge.compose import Joined
 from eutectic.merge.view import Merged, rounding
 from eutectic.methods._spectral import WORKSPACE, Svd, sketched, svd_of_product
@@ -107,7 +107,7 @@ class Factors(Checkpoint):
     def _of(self, prefix: str, key: str) -> Tensor:
         weight, bias, directions, rank, turned = self._layers[prefix]
         if key == "shift" and bias is not None:
-            return torch.stack([difference(self._base, name, expert, bias) for name, expert in self._experts.items()])
+            return differences(self._base, self._experts, bias)
         with self._turns[prefix]:
             found = self._held.get(prefix)
             if found is None:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.checkpoint.spec import Layout, TensorSpec
 from eutectic.checkpoint.views import Overlay, Select
-from eutectic.errors import LayoutError, NonFiniteError, ParameterError, TaskError
+from eutectic.errors import LayoutError, ParameterError, TaskError
 from eutectic.fusion._fit import Batches, backward, descend, generator, held_out_loss
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.fusion._losses import divergence_from, entropy, expert_outputs, fill
 from eutectic.fusion._routing import Description, MergedExperts, Turned, gates, linears, named, routed, router
-from eutectic.fusion._tensors import names_of, wide
+from eutectic.fusion._tensors import difference_flat, differences, names_of, wide
 from eutectic.merge.view import Merged
 from eutectic.task import Task
 
@@ -105,16 +105,12 @@ class Stacked(Checkpoint):
         below, parts = self._names[name], list[Tensor]()
         p = self._base.spec(below).numel
         if name in self._turned:
-            straight = Stacked(self._base, self._experts, {name: below})
-            return straight.read(name).mT.reshape(-1)[start:stop]
+            whole = differences(self._base, self._experts, below).mT
+            return whole.to(self._specs[name].dtype).reshape(-1)[start:stop]
         for at, (expert, weights) in enumerate(self._experts.items()):
             first, last = max(start - at * p, 0), min(stop - at * p, p)
             if first < last:
-                base = self._base.read_flat(below, first, last)
-                delta = weights.read_flat(below, first, last).to(wide(base)) - base.to(wide(base))
-                if not torch.isfinite(delta).all():
-                    raise NonFiniteError(f"expert {expert!r} ({weights.origin}) or the base holds a NaN or Inf in {below!r}")
-                parts.append(delta.to(base.dtype))
+                parts.append(difference_flat(self._base, expert, weights, below, first, last).to(self._specs[name].dtype))
         return torch.cat(parts) if parts else self._base.read_flat(below, 0, 0)
 
     def grain(self, name: str) -> int:
@@ -154,9 +150,8 @@ def tell_tasks_apart(network: nn.Module, batches: Batches, experts: Sequence[str
     """Set the last layer of every router so that c is nearest to 1 for a sample's own expert, and to 0 for the others.
 
     A ridge regression on the router's features of at most ``SHOWN`` inputs a task, none of them held out, block after block in
-    one forward pass, as a block's
-    input depends on how those before it are routed.  One router of several blocks is fitted to all of them together; one that
-    looks at nothing stays as it is.
+    one forward pass, as a block's input depends on how those before it are routed.  One router of several blocks is fitted to
+    all of them together; one that looks at nothing stays as it is.
     Raises TaskError if inputs of different tasks have not one shape, as they go through the network together.
     """
     tasks = batches.tasks

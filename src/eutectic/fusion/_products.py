@@ -60,25 +60,30 @@ def sparse_per_sample(x: Tensor, c: Tensor, weight: Tensor, gaps: Tensor, values
     return _product(x, c, weight, _Sparse(gaps.split(counts), values.detach().split(counts), c.shape[1]))
 
 
+def pruned(delta: Tensor, density: float) -> Tensor:
+    """A tensor with zeros for all but its entries above the (1 − density)-quantile of their magnitudes.
+
+    Strictly above, and so none of a tensor of equal magnitudes, as in E-WEMoE (Shen et al., 2024, arXiv:2410.21804); with
+    density 1 it is as it was.
+    """
+    if density == 1:
+        return delta
+    size = delta.abs()
+    return torch.where(size > size.flatten().kthvalue(int((delta.numel() - 1) * (1 - density)) + 1).values, delta, 0)
+
+
 def packed(deltas: Tensor, density: float) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """The entries of D ``[N, m, n]`` above the (1 − density)-quantile of their expert's magnitudes: gaps, values, counts.
+    """The entries of D ``[N, m, n]`` that are left when each expert is ``pruned``: gaps, values, counts.
 
     An entry takes a value and one byte: how far it lies behind the one before, in the order of ``tiles``, in these of groups of
     ``ROWS`` rows, and in these of experts, rows and columns.  Where that is more than 255, zeros lie between.  ``counts`` are
     the entries of each tile.
-
-    Strictly above, and so none of a matrix of equal magnitudes, as in E-WEMoE (Shen et al., 2024, arXiv:2410.21804); with
-    density 1 all that are not 0.
     """
-    size = deltas.abs()
-    if density < 1:
-        flat = size.flatten(1)
-        least = flat.kthvalue(int((flat.shape[1] - 1) * (1 - density)) + 1, dim=1).values
-        size = size * (size > least[:, None, None])
+    deltas = torch.stack([pruned(delta, density) for delta in deltas])
     gaps, values, counts = list[Tensor](), list[Tensor](), list[int]()
     for rows in tiles(deltas.shape[1:]):
         tile = _grouped(deltas[:, rows]).flatten()
-        at = _grouped(size[:, rows]).flatten().nonzero()[:, 0]
+        at = tile.nonzero()[:, 0]
         gap = at.diff(prepend=at.new_zeros(1))
         between = (gap - 1).clamp_min(0) // 255
         place, total = torch.arange(len(at), device=at.device) + between.cumsum(0), len(at) + int(between.sum())

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from eutectic.checkpoint.base import Checkpoint, Turn
 from eutectic.checkpoint.spec import Layout, TensorSpec
-from eutectic.fusion._products import packed
+from eutectic.fusion._products import packed, pruned
 from eutectic.fusion._routing import Description, named
-from eutectic.fusion._tensors import difference
+from eutectic.fusion._tensors import differences
 
 
 class Packed(NamedTuple):
@@ -23,22 +23,9 @@ class Packed(NamedTuple):
     counts: tuple[int, ...]
 
 
-def pruned(delta: Tensor, density: float) -> Tensor:
-    """A tensor with zeros for all but its entries above the (1 − density)-quantile of magnitudes."""
-    if density == 1:
-        return delta
-    least = delta.abs().flatten().kthvalue(int((delta.numel() - 1) * (1 - density)) + 1).values
-    return torch.where(delta.abs() > least, delta, 0)
-
-
-def vectors(base: Checkpoint, experts: Mapping[str, Checkpoint], name: str) -> Tensor:
-    """The task vectors ``[N, …]`` of a tensor.  Raises NonFiniteError naming the expert."""
-    return torch.stack([difference(base, expert, weights, name) for expert, weights in experts.items()])
-
-
 def packed_layer(base: Checkpoint, experts: Mapping[str, Checkpoint], layer: str, turned: bool, density: float) -> Packed:
     """What is left of the experts' changes of a layer's matrix, each pruned by itself."""
-    deltas = vectors(base, experts, named(layer, "weight"))
+    deltas = differences(base, experts, named(layer, "weight"))
     return Packed(*packed(deltas.mT if turned else deltas, density))
 
 
@@ -76,7 +63,7 @@ class Sparse(Checkpoint):
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         layer, key = self._layers[name]
         if key == "shift":
-            found = [pruned(delta, self._density) for delta in vectors(self._base, self._experts, named(layer, "bias"))]
+            found = [pruned(delta, self._density) for delta in differences(self._base, self._experts, named(layer, "bias"))]
             return torch.stack(found).to(self._specs[name].dtype).flatten()[start:stop]
         with self._turn:
             if layer not in self._held:

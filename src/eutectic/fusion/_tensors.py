@@ -48,11 +48,21 @@ def names_of(models: ModelSet) -> dict[int, list[str]]:
 
 def difference(base: Checkpoint, expert: str, weights: Checkpoint, name: str) -> Tensor:
     """One tensor of an expert's task vector, in float32 or wider.  Raises NonFiniteError naming the expert and the tensor."""
-    start = base.read(name)
-    delta = weights.read(name).to(wide(start)) - start.to(wide(start))
+    return difference_flat(base, expert, weights, name, 0, base.spec(name).numel).view(base.spec(name).shape)
+
+
+def difference_flat(base: Checkpoint, expert: str, weights: Checkpoint, name: str, start: int, stop: int) -> Tensor:
+    """Elements ``start:stop`` of it, flattened.  Raises as ``difference`` does."""
+    of_base = base.read_flat(name, start, stop)
+    delta = weights.read_flat(name, start, stop).to(wide(of_base)) - of_base.to(wide(of_base))
     if not torch.isfinite(delta).all():
         raise NonFiniteError(f"expert {expert!r} ({weights.origin}) or the base holds a NaN or Inf in {name!r}")
     return delta
+
+
+def differences(base: Checkpoint, experts: Mapping[str, Checkpoint], name: str) -> Tensor:
+    """One tensor of all experts' task vectors, ``[N, …]``.  Raises as ``difference`` does."""
+    return torch.stack([difference(base, expert, weights, name) for expert, weights in experts.items()])
 
 
 def finished(tensors: Mapping[str, Tensor], names: Mapping[int, Sequence[str]], base: Checkpoint) -> Artefact:
