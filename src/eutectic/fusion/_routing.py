@@ -10,6 +10,7 @@ made anew from a folder.  The experts' tensors are named after the layer, beside
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -82,6 +83,16 @@ class Routed(nn.Linear):
         return nn.Parameter(torch.empty(shape, dtype=self.weight.dtype, device="meta"), requires_grad=False)
 
 
+def along(input: Tensor, right: Tensor) -> Tensor:
+    """Rᵢx ``[…, N, d]`` of tokens ``[…, n]`` and R ``[N, d, n]``."""
+    return F.linear(input, right.flatten(0, 1)).unflatten(-1, right.shape[:2])
+
+
+def back(z: Tensor, left: Tensor) -> Tensor:
+    """Σᵢ Lᵢzᵢ ``[…, m]`` of ``[…, N, r]`` and L ``[m, N, r]``."""
+    return F.linear(z.flatten(-2), left.flatten(1))
+
+
 class LowRankExperts(Routed):
     """A linear layer with N experts Dᵢ = LᵢRᵢ, of which a token takes the ``top`` on whose directions it is longest.
 
@@ -102,16 +113,17 @@ class LowRankExperts(Routed):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[…, n]`` → ``[…, m]``."""
-        z = F.linear(input, self.right.flatten(0, 1)).unflatten(-1, self.right.shape[:2])
-        c = coefficients(torch.linalg.vector_norm(z[..., : self.gate], dim=-1), self.top)
-        y = self.base(input)
-        y = y + F.linear((z[..., : self.left.shape[2]] * c[..., None]).flatten(-2), self.left.flatten(1))
+        z = along(input, self.right)
+        c = self._chosen(z)
+        y = self.base(input) + back(z[..., : self.left.shape[2]] * c[..., None], self.left)
         return y if self.shift is None else y + c @ self.shift
 
     def choice(self, input: Tensor) -> Tensor:
         """The coefficients ``[…, N]`` that tokens ``[…, n]`` give the experts."""
-        z = F.linear(input, self.right[:, : self.gate].flatten(0, 1)).unflatten(-1, (len(self.right), -1))
-        return coefficients(torch.linalg.vector_norm(z, dim=-1), self.top)
+        return self._chosen(along(input, self.right))
+
+    def _chosen(self, z: Tensor) -> Tensor:
+        return coefficients(torch.linalg.vector_norm(z[..., : self.gate], dim=-1), self.top)
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -157,7 +169,7 @@ class Shared:
         return {"padding": self.padding, "c": None}
 
 
-class MergedExperts(Routed):
+class MergedExperts(Routed, ABC):
     """A linear layer with N experts whose matrices are merged for each sample, by the coefficients of its block.
 
     The first layer of a block has the block's ``router``: c = its mean over a sample's tokens.  Tokens of padding do not
@@ -171,9 +183,9 @@ class MergedExperts(Routed):
         self.experts, self.shared, self.router = experts, shared, router
         self.shift = None if self.bias is None else self.expected(experts, self.out_features)
 
+    @abstractmethod
     def product(self, x: Tensor, c: Tensor) -> Tensor:
         """(W₀ + Σᵢ cᵢDᵢ) x ``[B, T, m]`` of ``[B, T, n]`` and ``[B, N]``."""
-        raise NotImplementedError
 
     def choice(self, input: Tensor) -> Tensor:
         """The coefficients ``[B, N]`` of samples ``[B, …, n]``.  Raises LayoutError if the block's first layer saw others."""
@@ -210,8 +222,7 @@ class LowRankOfSample(MergedExperts):
 
     def product(self, x: Tensor, c: Tensor) -> Tensor:
         """Through the factors: no matrix is merged."""
-        z = F.linear(x, self.right.flatten(0, 1)).unflatten(-1, self.right.shape[:2])
-        return F.linear(x, self.matrix) + F.linear((z * c[:, None, :, None]).flatten(-2), self.left.flatten(1))
+        return F.linear(x, self.matrix) + back(along(x, self.right) * c[:, None, :, None], self.left)
 
 
 class DenseExperts(MergedExperts):
