@@ -32,12 +32,17 @@ SHOWN, RIDGE = 256, 0.02
 MLP = r"(.*?)\.?(?:mlp\..*|DenseReluDense\..*|intermediate\.dense|(?<!attention\.)output\.dense)"
 
 
+def compiled(blocks: str) -> re.Pattern[str]:
+    """A method's parameter ``blocks``.  Raises ParameterError if it is no regular expression."""
+    try:
+        return re.compile(blocks)
+    except re.error as error:
+        raise ParameterError(f"blocks = {blocks!r}: no regular expression: {error}", ("blocks",)) from None
+
+
 def blocks_of(network: nn.Module, pattern: str) -> dict[str, dict[str, nn.Linear]]:
     """The layers of each block by name.  Raises ParameterError for no such expression, LayoutError if none matches."""
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise ParameterError(f"blocks = {pattern!r}: no regular expression: {error}", ("blocks",)) from None
+    expression = compiled(pattern)
     if not expression.groups:
         raise ParameterError(f"blocks = {pattern!r}: put what tells one block from another into (…)", ("blocks",))
     layers, found = linears(network), dict[str, dict[str, nn.Linear]]()

@@ -17,6 +17,7 @@ from eutectic.fusion._coefficients import facts, weighted
 from eutectic.fusion._fit import Batches, Loss, backward_of, descend, generator, held_out_loss, mean_over_processes
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import divergence_from, entropy, expert_outputs, fill
+from eutectic.fusion._mixing import compiled
 from eutectic.fusion._preferences import (
     MOST_OBJECTIVES,
     Preference,
@@ -197,10 +198,7 @@ def _unrouted(models: ModelSet, pattern: str) -> list[list[str]]:
 
     Raises ParameterError for no regular expression, LayoutError if nothing is left to be routed.
     """
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ParameterError(f"blocks = {pattern!r}: no regular expression: {error}", ("blocks",)) from None
+    compiled(pattern)
     names = names_of(models)
     trained = {id(p): p for p in models.network.parameters() if p.requires_grad}
     others = {key: names[key] for key in trained if _label(pattern, names[key][0]) is None}

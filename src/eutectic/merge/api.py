@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from eutectic.merge.view import Merged
 
 __all__ = ["diff", "merge", "merge_adapters", "open", "save", "state_dict"]
 
+_T = TypeVar("_T")
 Source = Checkpoint | str | Path | nn.Module | Mapping[str, Tensor]
 
 
@@ -70,8 +71,7 @@ def merge(
 
     Raises LayoutError, ParameterError, UnknownNameError, CheckpointError.
     """
-    named = experts if isinstance(experts, Mapping) else {str(i): expert for i, expert in enumerate(experts)}
-    opened = {name: open(expert) for name, expert in named.items()}
+    opened = {name: open(expert) for name, expert in _named(experts).items()}
     return Merged(method, None if base is None else open(base), opened, parameters, dtype=dtype)
 
 
@@ -100,10 +100,14 @@ def merge_adapters(
     The factors are read once at this call, and again as the result is read.
     Raises LayoutError, ParameterError, UnknownNameError, CheckpointError, NonFiniteError.
     """
-    named = adapters if isinstance(adapters, Mapping) else {str(i): folder for i, folder in enumerate(adapters)}
-    opened = {name: open_adapter(folder) for name, folder in named.items()}
+    opened = {name: open_adapter(folder) for name, folder in _named(adapters).items()}
     over = None if base is None else open(base)
     return Fused(method, opened, parameters, base=over, space=space, rank=rank, dtype=dtype)
+
+
+def _named(experts: Sequence[_T] | Mapping[str, _T]) -> Mapping[str, _T]:
+    """Those of a list by their number."""
+    return experts if isinstance(experts, Mapping) else {str(i): expert for i, expert in enumerate(experts)}
 
 
 def state_dict(source: Source) -> dict[str, Tensor]:

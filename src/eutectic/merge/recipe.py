@@ -122,15 +122,8 @@ class Recipe(pydantic.BaseModel):
             given = validated(self.method, override["parameters"])
             override["parameters"] = {key: given[key] for key in override["parameters"]}
         data["experts"] = list(data["experts"].items())
-        late = (
-            "tokenizer",
-            "chat_template",
-            "tasks",
-            "artefact",
-            "output",
-            "space",
-            "rank",
-        )  # so that older recipes keep their hashes
+        # left out where they say nothing, so that older recipes keep their hashes
+        late = ("tokenizer", "chat_template", "tasks", "artefact", "output", "space", "rank")
         data = {key: value for key, value in data.items() if value is not None or key not in late}
         return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
