@@ -7,15 +7,15 @@ import math
 
 import numpy as np
 import pytest
+from tests.bench.cuts import cut
 
-from eutectic.bench import fronts, zoo
+from eutectic.bench import fronts
 from eutectic.bench.evaluate import Choice
 from eutectic.bench.fronts import AT, figure, grid, hypervolume, pareto, plot
 from eutectic.bench.suite import Suite
 from eutectic.checkpoint.base import Memory
 from eutectic.errors import EutecticError, TaskError, UnknownNameError
 from eutectic.merge.api import state_dict
-from eutectic.task import SPLITS
 
 pytest.importorskip("moocore")
 
@@ -34,20 +34,7 @@ class Held(Suite):
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("suites") / "cut"
-    folder.mkdir()
-    for part in ("base", "experts", "heads.safetensors"):
-        (folder / part).symlink_to(zoo.packaged() / part)
-    whole, stored = zoo.open_suite("mini"), {}
-    for task in TASKS:
-        for split in SPLITS:
-            arrays = whole.arrays(task, split)
-            stored[f"{task}.{split}.inputs"] = arrays.inputs[: SIZES[split]].numpy()
-            stored[f"{task}.{split}.labels"] = arrays.labels[: SIZES[split]].numpy()
-    np.savez(folder / "data.npz", **stored)
-    info = whole.info | {"name": "cut", "tasks": {task: whole.classes[task] for task in TASKS}}
-    (folder / "suite.json").write_text(json.dumps(info))
-    return Held(folder)
+    return Held(cut(tmp_path_factory.mktemp("cut"), TASKS, SIZES))
 
 
 @pytest.fixture(scope="module")

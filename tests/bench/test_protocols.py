@@ -1,11 +1,10 @@
 """Generalisation and robustness on a small cut of the packaged suite: three of its tasks, few samples."""
 
-import json
 from collections import defaultdict
 
-import numpy as np
 import pytest
 import torch
+from tests.bench.cuts import cut
 
 from eutectic.bench import evaluate, report, zoo
 from eutectic.bench.corruptions import corrupt, corrupted
@@ -15,7 +14,7 @@ from eutectic.bench.suite import Suite
 from eutectic.errors import EutecticError, LayoutError, ParameterError, TaskError, UnknownNameError
 from eutectic.fusion._api import fit, fused
 from eutectic.fusion._folder import filled
-from eutectic.task import SPLITS, Task
+from eutectic.task import Task
 
 TASKS = ("mnist", "letters", "digits8")
 SIZES = {"train": 8, "val": 16, "adapt": 16, "test": 24}
@@ -33,21 +32,7 @@ class Blind(Suite):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    found = tmp_path_factory.mktemp("suites") / "cut"
-    found.mkdir()
-    for part in ("base", "experts", "heads.safetensors"):
-        (found / part).symlink_to(zoo.packaged() / part)
-    suite = zoo.open_suite("mini")
-    stored = {}
-    for task in TASKS:
-        for split in SPLITS:
-            arrays = suite.arrays(task, split)
-            stored[f"{task}.{split}.inputs"] = arrays.inputs[: SIZES[split]].numpy()
-            stored[f"{task}.{split}.labels"] = arrays.labels[: SIZES[split]].numpy()
-    np.savez(found / "data.npz", **stored)
-    info = suite.info | {"name": "cut", "tasks": {task: suite.classes[task] for task in TASKS}}
-    (found / "suite.json").write_text(json.dumps(info))
-    return found
+    return cut(tmp_path_factory.mktemp("cut"), TASKS, SIZES)
 
 
 @pytest.fixture(scope="module")
