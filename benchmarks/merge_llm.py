@@ -47,6 +47,8 @@ METHODS: dict[str, tuple[dict, str | None, dict]] = {
     "wudi": ({}, None, {}),
 }
 
+SPECTRAL = ("iso_c", "tsv_m", "wudi")
+
 
 def layout(size: str) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes of a Llama of that size."""
@@ -138,15 +140,15 @@ def spectral_floor(method: str, size: str, k: int = 3) -> float:
     import torch
 
     torch.set_num_threads(1)
-    shapes = [
-        (min(s), max(s)) for name, s in layout(size).items() if len(s) == 2 and "embed" not in name and "head" not in name
-    ]
+    shapes = [s for name, s in layout(size).items() if len(s) == 2 and "embed" not in name and "head" not in name]
     total = 0.0
     for m, n in set(shapes):
-        x = torch.randn(m, n, dtype=torch.float64)
-        square = torch.randn(m, m, dtype=torch.float64)
+        x = torch.randn(min(m, n), max(m, n), dtype=torch.float64)
+        square = torch.randn(min(m, n), min(m, n), dtype=torch.float64)
+        rows, r = torch.randn(m, n, dtype=torch.float64), min(k * m, n)
+        stacked = torch.randn(*sorted((k * m, n)), dtype=torch.float64)
 
-        def decompose(x: torch.Tensor = x, part: int = m) -> None:
+        def decompose(x: torch.Tensor = x, part: int = len(x)) -> None:
             torch.linalg.eigh(x @ x.T)[1][:, :part].T @ x
 
         calls = {
@@ -154,12 +156,17 @@ def spectral_floor(method: str, size: str, k: int = 3) -> float:
             "iso_c": [(1, decompose), (1, lambda x=x, square=square: square @ x)],
             # the experts' strongest directions; two polar factors; the factors put together
             "tsv_m": [
-                (k, lambda x=x, part=m // k: decompose(x, part)),
+                (k, lambda x=x: decompose(x, len(x) // k)),
                 (1, decompose),
                 (1, lambda square=square: decompose(square, len(square))),
                 (1, lambda x=x, square=square: square @ x),
                 (1, lambda square=square: square @ square),
                 (1, lambda x=x, square=square: square @ x),
+            ],
+            # the spectrum of all experts' rows; three products with its directions for each expert, one for their sum, and back
+            "wudi": [
+                (1, lambda stacked=stacked: decompose(stacked, len(stacked))),
+                (3 * k + 2, lambda rows=rows, V=torch.randn(n, r, dtype=torch.float64): rows @ V),
             ],
         }[method]
         for times, call in calls:
@@ -237,7 +244,7 @@ def main() -> None:
                 peers.append(
                     measured([arguments.peer, str(peer_recipe(models, peer_name, theirs, needs_base)), str(scratch), "--quiet"])
                 )
-        spectral = f"{spectral_floor(method, arguments.params):10.1f} s" if method in ("iso_c", "tsv_m") else ""
+        spectral = f"{spectral_floor(method, arguments.params):10.1f} s" if method in SPECTRAL else ""
         print(row(method, rows, floors, peers), spectral, flush=True)
     shutil.rmtree(scratch, ignore_errors=True)
 

@@ -57,6 +57,13 @@ def test_an_entry_that_does_not_change_is_the_bases_to_the_bit(monkeypatch):
 
 
 @pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("weights", [None, [0.3, -1.0, 0.1]])
+def test_sums(n, weights, monkeypatch):
+    x_K = torch.stack([vector(n, seed) for seed in range(3)])
+    assert same(*both(monkeypatch, lambda: [_native.total(x_K, weights)]))
+
+
+@pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("ties", [False, True])
 def test_counts_and_bands(n, ties, monkeypatch):
     x = vector(n, ties=ties)

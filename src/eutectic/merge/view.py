@@ -15,8 +15,10 @@ from torch import Tensor
 from eutectic.checkpoint.aligned import vocabulary_tensors
 from eutectic.checkpoint.base import Checkpoint, Span, Spread, Turn
 from eutectic.checkpoint.hashed import LEAF
-from eutectic.checkpoint.spec import Layout, TensorSpec, require_same_layout
+from eutectic.checkpoint.spec import Layout, require_same_layout
 from eutectic.errors import LayoutError, NonFiniteError, ParameterError, RecipeError
+from eutectic.merge import pieces
+from eutectic.merge.pieces import Cut, Piece
 from eutectic.methods._method import BLOCK, Measure, Method, Scope, Site, build, validated
 from eutectic.methods._native import narrow, widen
 
@@ -34,22 +36,6 @@ class Override(NamedTuple):
 
     match: str
     parameters: Mapping[str, Any]
-
-
-class Piece(NamedTuple):
-    """Elements ``start:stop`` of a tensor, and the shape in which a method wants them."""
-
-    start: int
-    stop: int
-    shape: tuple[int, ...]
-
-
-class Cut(NamedTuple):
-    """What has to be read for some elements of a tensor, ``start:stop``, and the pieces in which it is worked on."""
-
-    start: int
-    stop: int
-    pieces: list[Piece]
 
 
 class Merged(Checkpoint):
@@ -229,7 +215,7 @@ class Merged(Checkpoint):
             return super().need_bytes(name, n)
         scope = self._scope(name)
         n = max(n, spec.numel) if scope is Scope.TENSOR else n
-        chunk = n if scope is Scope.TENSOR else min(n, max(self.chunk, _row(spec) if scope is Scope.ROW else 0))
+        chunk = n if scope is Scope.TENSOR else min(n, max(self.chunk, pieces.row(spec) if scope is Scope.ROW else 0))
         wide = 8 if spec.dtype == torch.float64 else 4
         method, k = self._methods[self._keys[name]], len(self.experts)
         work = chunk * (k * (wide + method.workspace) + 3 * wide)
@@ -292,25 +278,7 @@ class Merged(Checkpoint):
         return Site(name, spec.shape, piece.start, tuple(self.experts), noise)
 
     def _cut(self, span: Span, *, once: bool = False) -> Cut:
-        """The pieces of a span that suit the method's scope; they reach beyond it where that needs whole rows or tensors.
-
-        With ``once`` spans that meet have no piece in common.
-        """
-        name, start, stop = span
-        spec = self._specs[name]
-        scope = self._scope(name)
-        if scope is Scope.TENSOR:
-            return Cut(start, start, []) if once and start else Cut(0, spec.numel, [Piece(0, spec.numel, spec.shape)])
-        by_row = scope is Scope.ROW
-        row = _row(spec) if by_row else 1
-        step = max(1, self.chunk // row) * row
-        first = -(-start // row) * row if once else start // row * row
-        last = min(-(-stop // row) * row, spec.numel)
-        pieces = []
-        for low in range(first, last, step):
-            high = min(low + step, last)
-            pieces.append(Piece(low, high, ((high - low) // row, row) if by_row else (high - low,)))
-        return Cut(min(start, first), max(stop, last), pieces)
+        return pieces.cut(span, self._specs[span.name], self._scope(span.name), self.chunk, once=once)
 
     def _eps(self, name: str) -> float:
         """The coarsest relative step in which an input stores a tensor."""
@@ -407,11 +375,6 @@ class Merged(Checkpoint):
                 for piece, x_K, _ in self._stacks([span], self._cut(span, once=True), self._methods[key]):
                     state = measure.observe(state, x_K, self._site(name, piece, None), earlier)
         return measure.finish(state) if alone else state
-
-
-def _row(spec: TensorSpec) -> int:
-    """Elements of a row: all of a vector, else all but the first axis."""
-    return max(1, spec.numel if len(spec.shape) < 2 else spec.numel // max(1, spec.shape[0]))
 
 
 def rounding(base: Tensor, eps: float) -> float:

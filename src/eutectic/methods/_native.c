@@ -136,6 +136,24 @@ WIDE EXPORT void eutectic_band(const float *restrict x, int64_t n, uint32_t leas
 
 #define TILE 1024
 
+/* out = Σ w x over the K rows of x, in their order; without weights Σ x. */
+WIDE EXPORT void eutectic_sum(const float *restrict x, int64_t k, int64_t n, const float *restrict weights, float *restrict out)
+{
+    for (int64_t at = 0; at < n; at += TILE) {
+        int64_t m = n - at < TILE ? n - at : TILE;
+        for (int64_t e = 0; e < k; e++) {
+            const float *row = x + e * n + at;
+            float *sum = out + at;
+            if (weights) {
+                float w = weights[e];
+                if (e == 0) for (int64_t i = 0; i < m; i++) sum[i] = row[i] * w;
+                else for (int64_t i = 0; i < m; i++) sum[i] += row[i] * w;
+            } else if (e == 0) memcpy(sum, row, (size_t)m * sizeof(float));
+            else for (int64_t i = 0; i < m; i++) sum[i] += row[i];
+        }
+    }
+}
+
 /* Of the K rows of x, those that agree in sign with the sum of all: Σ w x / Σ |w|, without weights their mean; 0 where there
  * is none. */
 WIDE EXPORT void eutectic_agree(const float *restrict x, int64_t k, int64_t n, const float *restrict weights, float *restrict out)

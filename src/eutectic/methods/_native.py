@@ -30,6 +30,7 @@ def _load() -> ctypes.CDLL | None:
     library.eutectic_count_high.argtypes = [at, count, at]
     library.eutectic_count_low.argtypes = [at, count, ctypes.c_uint32, at]
     library.eutectic_band.argtypes = [at, count, ctypes.c_uint32, ctypes.c_uint32, at]
+    library.eutectic_sum.argtypes = [at, count, count, at, at]
     library.eutectic_agree.argtypes = [at, count, count, at, at]
     library.eutectic_spread.argtypes = [at, count, count, at]
     library.eutectic_dots.argtypes = [at, at, count, at]
@@ -95,6 +96,20 @@ def band(x: Tensor, least: int, most: int = 0x7FFFFFFF) -> Tensor:
         return out
     bits = x.float().view(torch.int32) & 0x7FFFFFFF
     return torch.where((bits >= least) & (bits <= most), x, 0)
+
+
+def total(x_K: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    """Σ w x over the rows of ``[K, …]``, without weights Σ x, added in their order.
+
+    ``sum(0)`` adds whole vectors and remainders in different orders; this gives an element the same bits whatever lies
+    beside it.
+    """
+    if LIBRARY and _fits(x_K):
+        out = torch.empty_like(x_K[0])
+        w_K = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        LIBRARY.eutectic_sum(x_K.data_ptr(), len(x_K), out.numel(), _pointer(w_K), out.data_ptr())
+        return out
+    return functools.reduce(torch.add, x_K if weights is None else (x * w for x, w in zip(x_K, weights, strict=True)))
 
 
 def agree(x_K: Tensor, weights: Sequence[float] | None) -> Tensor:

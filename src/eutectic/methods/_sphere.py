@@ -14,7 +14,7 @@ from torch import Tensor
 from eutectic.errors import ParameterError
 from eutectic.methods._measures import cosines, gram
 from eutectic.methods._method import Method, Site, Stats
-from eutectic.methods._transforms import weighted
+from eutectic.methods._transforms import total
 
 #: Below this, a sine is 0: the angle is nothing or half a turn.
 FLAT = 1e-6
@@ -29,7 +29,7 @@ def spherical(weights: Sequence[float] | None, steps: int) -> Method:
         raise ParameterError(f"the weights {list(weights)} sum to zero, so they have no mean")
 
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
-        return weighted(mean_coefficients(stats["gram"], weights, steps).tolist(), x_K)
+        return total(x_K, mean_coefficients(stats["gram"], weights, steps).tolist())
 
     count = None if weights is None else len(weights)
     return Method(apply, measures=(gram(),), space="weight", experts=(count or 1, count))

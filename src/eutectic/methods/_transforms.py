@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from eutectic.errors import ParameterError
 from eutectic.methods._measures import flat, kth_magnitude, order_statistics
 from eutectic.methods._method import Method, Over, Scope, Site, Stats
-from eutectic.methods._native import agree, random_uint32, toss
+from eutectic.methods._native import agree, random_uint32, toss, total
 from eutectic.methods._native import band as keep_band
 from eutectic.methods._native import magprune as prune_by_rank
 
@@ -130,20 +129,6 @@ def _require_density(density: float | Sequence[float]) -> None:
         raise ParameterError("density = 0 drops everything and cannot be rescaled; give a density above 0")
 
 
-def total(x_K: Tensor) -> Tensor:
-    """Σ x_k, added in the experts' order.
-
-    ``sum(0)`` adds whole vectors and remainders in different orders; this gives an element the same bits whatever lies
-    beside it.
-    """
-    return functools.reduce(torch.add, x_K)
-
-
-def weighted(weights: Sequence[float], x_K: Tensor) -> Tensor:
-    """Σ w_k x_k, added in the experts' order, as in ``total``."""
-    return functools.reduce(torch.add, (x * weight for x, weight in zip(x_K, weights, strict=True)))
-
-
 def elect() -> Method:
     """Zero whatever disagrees in sign with the total mass Σ x_k of its element; a total of exactly 0 elects nobody."""
 
@@ -168,8 +153,8 @@ def disjoint_mean(weights: Sequence[float] | None = None) -> Method:
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
         if weights is None:
             return total(x_K) / total(x_K.sign().abs_()).clamp_(min=1)
-        mass = weighted([abs(weight) for weight in weights], (x_K != 0).to(x_K.dtype))
-        return weighted(weights, x_K) / torch.where(mass > 0, mass, 1)
+        mass = total((x_K != 0).to(x_K.dtype), [abs(weight) for weight in weights])
+        return total(x_K, weights) / torch.where(mass > 0, mass, 1)
 
     return Method(apply, experts=count_of(weights))
 
@@ -180,7 +165,7 @@ def weighted_sum(weights: Sequence[float] | float) -> Method:
     def apply(x_K: Tensor, site: Site, stats: Stats) -> Tensor:
         if isinstance(weights, (int, float)):
             return total(x_K) * weights
-        return weighted(weights, x_K)
+        return total(x_K, weights)
 
     return Method(apply, experts=(1, None) if isinstance(weights, (int, float)) else (len(weights), len(weights)))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from eutectic.errors import ParameterError
 from eutectic.methods._measures import magnitude_bits
 from eutectic.methods._method import Finite, Fraction, Measure, Method, Seed, Site, Stats, chain
-from eutectic.methods._transforms import agreeing_mean, band, count_of, drop, elect, magprune, scale_by, total, weighted
+from eutectic.methods._transforms import agreeing_mean, band, count_of, drop, elect, magprune, scale_by, total
 
 REFERENCE = "Goddard et al., Arcee's MergeKit, EMNLP Industry Track 2024, arXiv:2403.13257"
 
@@ -114,7 +114,7 @@ def _weigh(votes: str, combine: str, weights: list[float] | None) -> Method:
             return total(kept_K)
         if votes == "none":
             return total(kept_K) / sum(w)
-        mass = weighted(w, (kept_K != 0).to(x_K.dtype))
+        mass = total((kept_K != 0).to(x_K.dtype), w)
         return total(kept_K) / torch.where(mass != 0, mass, 1)
 
     return Method(apply, experts=count_of(weights))

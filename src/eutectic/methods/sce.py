@@ -11,7 +11,7 @@ from torch import Tensor
 from eutectic.methods._measures import magnitude_bits, order_statistics, squares
 from eutectic.methods._method import Fraction, Method, Site, Stats, chain
 from eutectic.methods._native import agree, spread
-from eutectic.methods._transforms import elect, total, weighted
+from eutectic.methods._transforms import elect, total
 
 REFERENCE = "Wan et al., FuseChat: knowledge fusion of chat models, 2024, arXiv:2408.07990"
 
@@ -49,8 +49,8 @@ def _mix(positive: bool, x_K: Tensor, site: Site, stats: Stats) -> Tensor:
     if not positive:
         return agree(x_K, share)
     left_K = torch.where(total(x_K) == 0, x_K.clamp(min=0), elect().apply(x_K, site, {}))
-    weight = weighted(share, (left_K != 0).to(x_K.dtype))
-    return torch.where(weight > 0, weighted(share, left_K) / weight, 0)
+    weight = total((left_K != 0).to(x_K.dtype), share)
+    return torch.where(weight > 0, total(left_K, share) / weight, 0)
 
 
 def _select(density: float, count: str) -> Method:
