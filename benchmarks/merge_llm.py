@@ -147,6 +147,7 @@ def spectral_floor(method: str, size: str, k: int = 3) -> float:
         square = torch.randn(min(m, n), min(m, n), dtype=torch.float64)
         rows, r = torch.randn(m, n, dtype=torch.float64), min(k * m, n)
         stacked = torch.randn(*sorted((k * m, n)), dtype=torch.float64)
+        directions = torch.randn(n, r, dtype=torch.float64)
 
         def decompose(x: torch.Tensor = x, part: int = len(x)) -> None:
             torch.linalg.eigh(x @ x.T)[1][:, :part].T @ x
@@ -166,7 +167,7 @@ def spectral_floor(method: str, size: str, k: int = 3) -> float:
             # the spectrum of all experts' rows; three products with its directions for each expert, one for their sum, and back
             "wudi": [
                 (1, lambda stacked=stacked: decompose(stacked, len(stacked))),
-                (3 * k + 2, lambda rows=rows, V=torch.randn(n, r, dtype=torch.float64): rows @ V),
+                (3 * k + 2, lambda rows=rows, V=directions: rows @ V),
             ],
         }[method]
         for times, call in calls:

@@ -12,7 +12,8 @@ from eutectic.checkpoint.base import Memory
 from eutectic.errors import LayoutError, ParameterError
 from eutectic.fusion import _products, _sparse
 from eutectic.fusion._fusion import ModelSet
-from eutectic.fusion._routing import SparseExperts, gates
+from eutectic.fusion._routed import SparseExperts
+from eutectic.fusion._routing import gates
 
 SHORT = {"steps": 1, "batch_size": 2}
 

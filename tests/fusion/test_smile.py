@@ -15,8 +15,8 @@ import eutectic as eu
 from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.lora import open_lora
 from eutectic.errors import CheckpointError, LayoutError, NonFiniteError, ParameterError
-from eutectic.fusion import _api, _lowrank, _routing
-from eutectic.fusion._routing import LowRankExperts
+from eutectic.fusion import _api, _lowrank, _routed, _routing
+from eutectic.fusion._routed import LowRankExperts
 
 FULL = 99
 
@@ -54,7 +54,7 @@ def forced(monkeypatch, expert):
         found[..., expert] = 1
         return found
 
-    monkeypatch.setattr(_routing, "coefficients", one_hot)
+    monkeypatch.setattr(_routed, "coefficients", one_hot)
 
 
 def naive(token, W0, b0, Ws, bs, rank, gate_rank, top):
@@ -138,12 +138,12 @@ def test_what_is_cut_off_is_what_the_smaller_singular_values_hold():
 def test_coefficients_are_of_the_best_and_sum_to_one():
     scores = x(50, 4).abs()
     for top in (1, 2, 4):
-        c = _routing.coefficients(scores, top)
+        c = _routed.coefficients(scores, top)
         assert ((c > 0).sum(-1) == top).all()
         torch.testing.assert_close(c.sum(-1), torch.ones(50, dtype=torch.float64))
         assert torch.equal(c.argmax(-1), scores.argmax(-1))
-    assert set(_routing.coefficients(scores, 1).unique().tolist()) == {0.0, 1.0}
-    torch.testing.assert_close(_routing.coefficients(scores, 4), scores.softmax(-1))
+    assert set(_routed.coefficients(scores, 1).unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(_routed.coefficients(scores, 4), scores.softmax(-1))
 
 
 def layer_of(linear, right, left, gate, top):

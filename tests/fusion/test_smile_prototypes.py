@@ -13,7 +13,8 @@ import eutectic as eu
 from eutectic.checkpoint.base import Memory
 from eutectic.errors import LayoutError, ParameterError, TaskError
 from eutectic.fusion import smile_prototypes
-from eutectic.fusion._routing import Discriminant, LowRankOfSample, gates
+from eutectic.fusion._routed import LowRankOfSample
+from eutectic.fusion._routing import Discriminant, gates
 from eutectic.fusion.smile_prototypes import SHRINKAGE, discriminant
 from eutectic.task import Arrays, Task
 

@@ -13,7 +13,8 @@ from eutectic.errors import CheckpointError, LayoutError, ParameterError
 from eutectic.fusion import _api, _mixing, _products, _routing
 from eutectic.fusion._fit import Batches
 from eutectic.fusion._fusion import ModelSet, Run
-from eutectic.fusion._routing import MergedExperts, gates
+from eutectic.fusion._routed import MergedExperts
+from eutectic.fusion._routing import gates
 from eutectic.task import Arrays, Task
 
 SHORT = {"steps": 1, "batch_size": 2}

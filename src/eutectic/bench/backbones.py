@@ -14,7 +14,7 @@ from eutectic.bench.vit import ViT
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import CheckpointError, MissingDependencyError
 from eutectic.fusion._folder import filled
-from eutectic.fusion._routing import Description
+from eutectic.fusion._routed import Description
 
 
 class MeanPooled(nn.Module):

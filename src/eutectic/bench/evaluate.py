@@ -23,7 +23,7 @@ from eutectic.fusion._api import fit, fused
 from eutectic.fusion._api import method as fusion_method
 from eutectic.fusion._folder import filled
 from eutectic.fusion._fusion import Artefact, ModelSet, Protocol, Run
-from eutectic.fusion._routing import Description
+from eutectic.fusion._routed import Description
 from eutectic.merge.api import state_dict
 from eutectic.merge.recipe import Recipe
 from eutectic.merge.run import bind

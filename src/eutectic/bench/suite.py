@@ -30,7 +30,7 @@ from eutectic.checkpoint.lora import open_lora
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.views import Cast
 from eutectic.errors import TaskError, UnknownNameError, did_you_mean
-from eutectic.fusion._routing import Description
+from eutectic.fusion._routed import Description
 from eutectic.task import SPLITS, Arrays, Task
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 was trained

@@ -18,7 +18,8 @@ from eutectic.checkpoint.folder import open_folder
 from eutectic.checkpoint.spec import TensorSpec, require_same_layout
 from eutectic.checkpoint.views import Rename
 from eutectic.errors import CheckpointError, MissingDependencyError
-from eutectic.fusion._routing import Description, described, routed
+from eutectic.fusion._routed import Description
+from eutectic.fusion._routing import described, routed
 from eutectic.merge import run
 from eutectic.merge.api import Source, open
 

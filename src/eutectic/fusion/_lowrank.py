@@ -15,7 +15,8 @@ from eutectic.checkpoint.spec import Layout, TensorSpec
 from eutectic.checkpoint.views import Overlay, Select
 from eutectic.errors import LayoutError, NonFiniteError
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
-from eutectic.fusion._routing import Description, Turned, linears, named
+from eutectic.fusion._routed import Description, Turned
+from eutectic.fusion._routing import linears, named
 from eutectic.fusion._tensors import difference, differences, names_of, wide
 from eutectic.merge.compose import Joined
 from eutectic.merge.view import Merged, rounding

@@ -18,7 +18,8 @@ from eutectic.errors import LayoutError, ParameterError, TaskError
 from eutectic.fusion._fit import Batches, backward, descend, generator, held_out_loss
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.fusion._losses import divergence_from, entropy, expert_outputs, fill
-from eutectic.fusion._routing import Description, MergedExperts, Turned, gates, linears, named, routed, router
+from eutectic.fusion._routed import Description, MergedExperts, Turned
+from eutectic.fusion._routing import gates, linears, named, routed, router
 from eutectic.fusion._tensors import difference_flat, differences, names_of, wide
 from eutectic.merge.view import Merged
 from eutectic.task import Task

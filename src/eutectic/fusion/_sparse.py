@@ -11,7 +11,8 @@ from torch import Tensor
 from eutectic.checkpoint.base import Checkpoint, Turn
 from eutectic.checkpoint.spec import Layout, TensorSpec
 from eutectic.fusion._products import packed, pruned
-from eutectic.fusion._routing import Description, named
+from eutectic.fusion._routed import Description
+from eutectic.fusion._routing import named
 from eutectic.fusion._tensors import differences
 
 

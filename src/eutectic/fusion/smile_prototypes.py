@@ -17,7 +17,8 @@ from eutectic.errors import ParameterError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import fill
 from eutectic.fusion._lowrank import low_rank_layers, with_factors
-from eutectic.fusion._routing import Discriminant, Padding, linears, module_of, named
+from eutectic.fusion._routed import Padding, module_of
+from eutectic.fusion._routing import Discriminant, linears, named
 from eutectic.fusion._tensors import chosen, own_tasks
 from eutectic.merge.view import Merged
 from eutectic.methods._method import Count

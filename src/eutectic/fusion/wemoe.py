@@ -8,7 +8,8 @@ from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import LayoutError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._mixing import MLP, Hidden, Stacked, Start, Target, fit_routers, outside, plan
-from eutectic.fusion._routing import Description, named
+from eutectic.fusion._routed import Description
+from eutectic.fusion._routing import named
 from eutectic.merge.compose import Joined
 from eutectic.methods._method import Count, Finite, Positive
 from eutectic.task import Task
