@@ -46,6 +46,15 @@ class Protocol(StrEnum):
     transductive = "transductive"
 
 
+class TuneKind(StrEnum):
+    """How an expert is tuned."""
+
+    full = "full"
+    lora = "lora"
+    l_lora = "l_lora"
+    l_lora_whole = "l_lora_whole"
+
+
 class Study(StrEnum):
     """What beside its own tasks and images a fused network is tried on."""
 
@@ -286,14 +295,12 @@ def evaluate(
     """Score MODEL on the tasks of a suite."""
     from eutectic import record
     from eutectic.bench import evaluate as scoring
+    from eutectic.bench.tuned import loaded
     from eutectic.bench.zoo import open_suite
-    from eutectic.checkpoint.folder import open_path
     from eutectic.checkpoint.hashed import fingerprint
-    from eutectic.fusion._folder import layers_of
 
     opened = open_suite(suite)
-    weights = open_path(model)
-    network = opened.backbone(weights, layers_of(model))
+    network, weights = loaded(opened, model)
     if routing is not None:
         _report_routing(network, opened, split, routing)
     fields = scoring.fields_of(model) | {"suite": opened.name, "inputs": {"model": fingerprint(weights)}}
@@ -303,7 +310,42 @@ def evaluate(
             print(found.to_json())
     else:
         for found in [*records, record.mean_of(records)]:
-            print(f"{found.task:16} {100 * found.value:5.1f}  [{100 * found.low:.1f}, {100 * found.high:.1f}]  n = {found.n}")
+            _print_score(found.task, found)
+
+
+def _print_score(what: str, found: Record) -> None:
+    print(f"{what:16} {100 * found.value:5.1f}  [{100 * found.low:.1f}, {100 * found.high:.1f}]  n = {found.n}")
+
+
+@app.command()
+def tune(
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    task: Annotated[str, typer.Option(help="A task of the suite.")],
+    kind: Annotated[
+        TuneKind, typer.Option(help="All weights; LoRA; linearised LoRA, layer by layer, or as one tangent of the network.")
+    ] = TuneKind.lora,
+    suite: SuiteName = "mini",
+    steps: Annotated[int | None, typer.Option(help="Of AdamW; as the suite's own experts by default.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate; one that fits the kind by default.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of adapters.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Adapters are scaled by alpha / rank.")] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / √rank.")] = False,
+    seed: Annotated[int, typer.Option(help="Fixes the result; adapters of one seed share A.", min=0)] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an existing folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON record a line.")] = False,
+) -> None:
+    """Make an expert of a suite's task, whole or not at all: a Hugging Face folder, or a PEFT folder of an adapter."""
+    from eutectic.bench.tuned import make_expert, training_for
+    from eutectic.bench.zoo import open_suite
+
+    opened = open_suite(suite)
+    training = training_for(
+        opened, kind.value, steps=steps, lr=lr, rank=rank, alpha=alpha, rslora=rslora, seed=seed
+    )
+    with _bar() as progress:
+        records = make_expert(opened, task, training, out, replace=force, progress=progress)
+    for found in records:
+        print(found.to_json()) if json else _print_score(f"{found.task}, {found.split}", found)
 
 
 def _report_routing(network: Any, suite: Any, split: str, path: Path) -> None:

@@ -30,6 +30,7 @@ from eutectic.merge.run import bind
 from eutectic.merge.view import Merged
 from eutectic.record import Record
 from eutectic.task import Task
+from eutectic.tuning.experts import training_of
 
 Progress = Callable[[str], None]
 #: what the demo shows: the families' own, and those that have passed them
@@ -294,7 +295,9 @@ def suite_models(recipe: Recipe) -> tuple[Suite, dict[str, Checkpoint]]:
 
 
 def fields_of(model: Path) -> dict[str, Any]:
-    """The method and recipe of a folder that Eutectic wrote; of another, its name."""
+    """The method and recipe of a folder that Eutectic wrote, or how it was trained; of another, its name."""
+    if training := training_of(model):
+        return {"method": training["kind"], "parameters": training, "seed": training["seed"]}
     try:
         about = json.loads((model / "eutectic.json").read_text(encoding="utf-8"))
         recipe = about["recipe"]

@@ -39,9 +39,9 @@ PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 class Suite:
     """A suite read from its folder; nothing but ``suite.json`` is read before it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open.  Raises TaskError if the folder holds no suite."""
-        self.folder = folder
+    def __init__(self, folder: Path, experts: Path | None = None) -> None:
+        """Open; ``experts`` is another folder of experts by task than its own.  Raises TaskError if there is no suite."""
+        self.folder, self.experts_folder = folder, experts or folder / "experts"
         try:
             self.info: dict[str, Any] = json.loads((folder / "suite.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -60,7 +60,7 @@ class Suite:
     def expert(self, task: str) -> Checkpoint:
         """The expert of one task, as float32; adapters are expanded as they are read."""
         self._require(task)
-        folder = self.folder / "experts" / task
+        folder = self.experts_folder / task
         if (folder / "adapter_config.json").exists():
             return open_lora(folder, self.base)
         return Cast(open_folder(folder), torch.float32)

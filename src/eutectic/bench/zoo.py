@@ -162,7 +162,7 @@ def build(spec: SuiteSpec, out: Path, data: Path | None = None, base: Path | Non
         raise TaskError(f"{base}: no Hugging Face folder (it lacks config.json); name one with --base")
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    if (out / "suite.json").exists() and _complete(Suite(out).info["settings"]) != settings:
+    if (out / "suite.json").exists() and complete(Suite(out).info["settings"]) != settings:
         raise TaskError(f"{out} was begun with other settings; remove it, or build into another folder")
     if not (out / "base").exists():
         _make_base(spec, out / "base", base)
@@ -182,7 +182,7 @@ def build(spec: SuiteSpec, out: Path, data: Path | None = None, base: Path | Non
     return suite
 
 
-def _complete(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+def complete(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Settings of a suite that was built before there were several kinds of adapters, as they would be written now."""
     match settings:
         case {"training": {"rank": int(rank)} as training}:

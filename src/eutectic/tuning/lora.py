@@ -11,7 +11,6 @@ Jacobian: ``frozen_a``.  Then s Σ λₖ Bₖ A₀ = Σ λₖ ΔWₖ for experts
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eutectic.checkpoint.base import Memory
-from eutectic.checkpoint.peft import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from eutectic.checkpoint.save import save_tensors
+from eutectic.checkpoint.peft import PREFIX
 from eutectic.errors import LayoutError, ParameterError
+from eutectic.merge.adapter_folder import write_adapter
 
 
 class LoraLinear(nn.Module):
@@ -81,12 +80,28 @@ def attach(
 
 
 def adapters(backbone: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """The attached adapters by the names of the layers that they wrap."""
-    return ((name, module) for name, module in backbone.named_modules() if isinstance(module, LoraLinear))
+    """The attached adapters by the names that the layers they wrap have in the backbone's state dict."""
+    known = {id(tensor): name for name, tensor in backbone.state_dict(keep_vars=True).items()}
+    for module in backbone.modules():
+        if isinstance(module, LoraLinear):
+            yield known[id(module.linear.weight)].removesuffix(".linear.weight"), module
 
 
-def save_adapter(backbone: nn.Module, folder: Path, base: str, dtype: torch.dtype) -> None:
-    """Write the attached adapters into an existing folder, in PEFT's layout; ``base`` is the path its reader looks for."""
+@torch.no_grad()
+def fold(backbone: nn.Module) -> None:
+    """Replace every adapted layer by a linear one with W + s B A, in place."""
+    for parent in list(backbone.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoraLinear):
+                child.linear.weight += child.scaling * child.B @ child.A
+                parent.add_module(name, child.linear)
+
+
+def save_adapter(backbone: nn.Module, folder: Path, base: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Write the attached adapters into an existing folder, in PEFT's layout; what its ``eutectic.json`` may say of them.
+
+    ``base`` is the path that its reader looks for, as seen from the folder.
+    """
     tensors: dict[str, Tensor] = {}
     attached = dict(adapters(backbone))
     for name, adapter in attached.items():
@@ -98,13 +113,10 @@ def save_adapter(backbone: nn.Module, folder: Path, base: str, dtype: torch.dtyp
         "base_model_name_or_path": base,
         "r": some.A.shape[0],
         "lora_alpha": some.alpha,
+        **({"use_rslora": True} if some.rslora else {}),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
         "target_modules": sorted(attached),
     }
-    if some.rslora:
-        config["use_rslora"] = True
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
-    save_tensors(Memory(tensors), folder)
-    (folder / "model.safetensors").rename(folder / WEIGHTS_FILE)
+    return write_adapter(Memory(tensors), config, folder)

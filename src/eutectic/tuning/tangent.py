@@ -59,5 +59,7 @@ def tangent_of_adapters(backbone: nn.Module) -> Tangent:
 
 
 def tangent_at(network: nn.Module, base: Mapping[str, Tensor]) -> Tangent:
-    """The tangent around θ₀, which ``base`` has, of a network with any weights θ; those that ``base`` has not count as they are."""
-    return Tangent(network, {name: base[name] for name, p in network.named_parameters() if name in base})
+    """The tangent around θ₀, by names in the state dict, of a network with any weights θ; what ``base`` lacks is no part of φ."""
+    known = {id(tensor): name for name, tensor in network.state_dict(keep_vars=True).items()}
+    names = {name: known[id(p)] for name, p in network.named_parameters()}
+    return Tangent(network, {name: base[below] for name, below in names.items() if below in base})
