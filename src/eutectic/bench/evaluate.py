@@ -137,7 +137,11 @@ def make(suite: Suite, network: nn.Module, tasks: Sequence[Task], run: Run, prog
     method, parameters = choice
     if registry.room_of(method) == "fusion":
         artefact = fitted(suite, tasks, run, progress, choice)
-        weights, parameters, notes = fused(suite.base, suite.experts(names), artefact), artefact.about["parameters"], ""
+        weights, parameters, notes = (
+            fused(suite.base, suite.experts(names), artefact),
+            artefact.about["parameters"],
+            artefact.about.get("notes", ""),
+        )
         layers = artefact.about.get("layers", {})
     else:
         given = Recipe(method=method, parameters=dict(parameters), seed=run.seed).bound_parameters()

@@ -82,8 +82,9 @@ class Suite:
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
-        """The content hashes of ``base`` and of the experts by task; reads all of them once."""
-        weights = {"base": self.base} | self.experts()
+        """The content hashes of ``base`` and, by task, of the experts that are there; reads all of them once."""
+        there = [name for name in self.classes if (self.experts_folder / name).exists()]
+        weights = {"base": self.base} | self.experts(there)
         return {name: fingerprint(checkpoint) for name, checkpoint in weights.items()}
 
     def backbone(

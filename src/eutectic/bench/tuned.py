@@ -73,9 +73,7 @@ def make_expert(
         about = {"suite": suite.name, "task": task, "inputs": {"base": {"blake3": fingerprint(suite.base)}}}
         named = os.path.relpath(base.resolve(), out.resolve())
         try:
-            network = tune_into(
-                folder, network, known, training, base=base, named=named, about=about, progress=progress
-            )
+            network = tune_into(folder, network, known, training, base=base, named=named, about=about, progress=progress)
         except NonFiniteError as error:
             raise NonFiniteError(f"task {task!r}, {error}") from None
         said = fields_of(folder) | {"suite": suite.name, "inputs": {"base": fingerprint(suite.base)}}

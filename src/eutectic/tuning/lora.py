@@ -1,6 +1,6 @@
 """Low-rank adapters on linear layers while they are trained; what is saved is a PEFT folder.
 
-*Linearised, layer by layer.*  Take each layer as it is, h(x; A, B) = W x + b + s B A x, to first order around its A₀ and B₀ = 0:
+*Linearised, layer by layer.*  Each layer h(x; A, B) = W x + b + s B A x is, to first order around its A₀ and B₀ = 0,
 
     h(x; A₀, 0) + ∂h/∂A · (A − A₀) + ∂h/∂B · B  =  W x + b + s (0 · (A − A₀) + B A₀) x  =  W x + b + s B A₀ x
 
@@ -58,9 +58,7 @@ class LoraLinear(nn.Module):
         return self.linear(x) + F.linear(F.linear(x, self.A), self.B) * self.scaling
 
 
-def attach(
-    backbone: nn.Module, rank: int, alpha: float, seed: int, *, rslora: bool = False, frozen_a: bool = False
-) -> None:
+def attach(backbone: nn.Module, rank: int, alpha: float, seed: int, *, rslora: bool = False, frozen_a: bool = False) -> None:
     """Freeze the backbone and give every linear layer an adapter, in place; one seed gives one A, whatever the task.
 
     Raises LayoutError if there is no linear layer, ParameterError naming the layer for a rank larger than its matrix.

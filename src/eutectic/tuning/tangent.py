@@ -43,9 +43,7 @@ class Tangent(nn.Module):
         start = {name: self.get_buffer(f"start{at}") for at, name in enumerate(self._names)}
         step = {name: self.network.get_parameter(name) - start[name] for name in self._names}
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
-            value, change = torch.func.jvp(
-                lambda phi: torch.func.functional_call(self.network, phi, inputs), (start,), (step,)
-            )
+            value, change = torch.func.jvp(lambda phi: torch.func.functional_call(self.network, phi, inputs), (start,), (step,))
         return value + change
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -59,7 +57,7 @@ def tangent_of_adapters(backbone: nn.Module) -> Tangent:
 
 
 def tangent_at(network: nn.Module, base: Mapping[str, Tensor]) -> Tangent:
-    """The tangent around θ₀, by names in the state dict, of a network with any weights θ; what ``base`` lacks is no part of φ."""
+    """The tangent around θ₀, by names in the state dict, of a network with any weights θ; what it lacks is no part of φ."""
     known = {id(tensor): name for name, tensor in network.state_dict(keep_vars=True).items()}
     names = {name: known[id(p)] for name, p in network.named_parameters()}
     return Tangent(network, {name: base[below] for name, below in names.items() if below in base})
