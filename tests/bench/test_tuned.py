@@ -97,7 +97,7 @@ def test_the_command_makes_an_expert_that_eval_scores(suite, tmp_path):
     given = ["--suite", suite.folder, "--task", "mnist", "--kind", "l_lora", "--steps", 2, "--lr", 0.01, "--rank", 2]
     result = run("tune", *given, tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert [line.split()[:2] for line in result.output.splitlines()] == [["mnist,", "val"], ["mnist,", "test"]]
+    assert [line.split()[:2] for line in result.output.split("\n") if line] == [["mnist,", "val"], ["mnist,", "test"]]
     result = run("eval", tmp_path / "out", "--suite", suite.folder, "--json")
     found = json.loads(result.output.splitlines()[0])
     assert (found["method"], found["parameters"]["rank"], found["task"]) == ("l_lora", 2, "mnist")

@@ -4,8 +4,8 @@ A merge of n experts is scored on their n tasks.  Its *normalised* accuracy is t
 the task's expert *of the same kind*.  A kind whose experts are poor divides by less, so both numbers belong together.
 
 Source: Tang et al., ICLR 2024, arXiv:2310.04742, section 5.  Differs from the paper in that scalars are chosen on ``val``, not
-on ``test``, in that adapters are merged as the products of their factors and not factor by factor, in that one order of the tasks
-is followed and not all subsets, and in that a merge is scored on the tasks that are in it.
+on ``test``, that adapters are merged as the products of their factors and not factor by factor, that one order of the tasks is
+followed and not all subsets, and that a merge is scored on the tasks that are in it.
 """
 
 from __future__ import annotations

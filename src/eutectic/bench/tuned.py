@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import final
 
 import torch
@@ -22,6 +24,7 @@ from eutectic.checkpoint.save import Progress, silent
 from eutectic.checkpoint.views import Cast
 from eutectic.errors import NonFiniteError
 from eutectic.fusion._folder import layers_of
+from eutectic.fusion._routing import Description
 from eutectic.merge.api import state_dict
 from eutectic.record import Record
 from eutectic.tuning.experts import RATES, is_tangent, tune_into
@@ -100,9 +103,11 @@ def loaded(suite: Suite, folder: Path) -> tuple[nn.Module, Checkpoint]:
 class Tangents(Suite):
     """A suite whose experts, and what is made of them, are weights of the tangent around θ₀."""
 
-    def backbone(self, *args: object, **kwargs: object) -> nn.Module:
+    def backbone(
+        self, weights: Checkpoint | None = None, layers: Mapping[str, Description] = MappingProxyType({})
+    ) -> nn.Module:
         """See the class."""
-        return tangent_at(super().backbone(*args, **kwargs), state_dict(self.base)).eval()  # type: ignore[arg-type]
+        return tangent_at(super().backbone(weights, layers), state_dict(self.base)).eval()
 
 
 def with_experts(suite: Suite, folder: Path) -> Suite:

@@ -62,15 +62,15 @@ def lorahub(generations: Count = 10, shots: Count = 16, bound: Positive = 1.5, p
         seen = [_Shots(task, shots, run) for task in tasks]
 
         def loss(weights: np.ndarray) -> float:
-            equation.write(torch.from_numpy(weights)[:, None].expand(k, sites))
-            value = sum(one.loss(models.network, run) for one in seen) / len(seen) + penalty * float(np.abs(weights).mean())
+            equation.write(torch.from_numpy(weights[:k])[:, None].expand(k, sites))
+            value = sum(one.loss(models.network, run) for one in seen) / len(seen) + penalty * float(np.abs(weights[:k]).mean())
             return value if math.isfinite(value) else WORST
 
         random = np.random.default_rng(run.seed)
         search = cma.CMAEvolutionStrategy(
-            [0.0] * k,
+            np.zeros(max(2, k)),  # it knows no single dimension: a second one is idle
             SIGMA * bound,
-            # ``randn`` is its own, so no global generator is touched, and of the seed nothing depends
+            # with a ``randn`` of our own no global generator is touched, and nothing depends on ``seed``
             {"bounds": [-bound, bound], "seed": math.nan, "randn": lambda *shape: random.standard_normal(shape)}
             | {"verbose": -9, "verb_log": 0, "verb_disp": 0},
         )
@@ -78,7 +78,8 @@ def lorahub(generations: Count = 10, shots: Count = 16, bound: Positive = 1.5, p
         equation.write(torch.zeros(k, sites, dtype=torch.float64))
         for one in seen:
             one.require_finite(models.network, run)
-        best, least = np.zeros(k), known.of(lambda: loss(np.zeros(k)))
+        best = np.zeros(max(2, k))
+        least = known.of(lambda: loss(best))
         history: list[tuple[int, float, None]] = [(0, least, None)]
         for generation in range(1, generations + 1):
             tried = search.ask()
@@ -89,7 +90,7 @@ def lorahub(generations: Count = 10, shots: Count = 16, bound: Positive = 1.5, p
                 least, best = min(values), tried[int(np.argmin(values))]
             history.append((generation, least, None))
             run.progress("weights", generation, generations)
-        weights = torch.from_numpy(np.asarray(best))[:, None].expand(k, sites)
+        weights = torch.from_numpy(np.asarray(best)[:k])[:, None].expand(k, sites)
         said = {"history": history, "notes": f"weights fitted to {shots} labelled samples of each task's {SPLIT}, at most"}
         return Artefact(Memory({"weights": weights.float()}), facts(equation, "task_arithmetic", None) | said)
 
