@@ -137,7 +137,7 @@ def vectors(
                 )
 
 
-def _bounded(hits: Sequence[int], n: Sequence[int]) -> dict[str, float]:
+def _bounded(hits: Sequence[int], n: Sequence[int]) -> dict[str, Any]:
     """The sum of proportions; its half width is the root of the squares of theirs."""
     value = sum(h / size for h, size in zip(hits, n, strict=True))
     halves = [(high - low) / 2 for low, high in (wilson(h, size) for h, size in zip(hits, n, strict=True))]

@@ -43,8 +43,8 @@ class Tangent(nn.Module):
         start = {name: self.get_buffer(f"start{at}") for at, name in enumerate(self._names)}
         step = {name: self.network.get_parameter(name) - start[name] for name in self._names}
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
-            value, change = torch.func.jvp(lambda phi: torch.func.functional_call(self.network, phi, inputs), (start,), (step,))
-        return value + change
+            found = torch.func.jvp(lambda phi: torch.func.functional_call(self.network, phi, inputs), (start,), (step,))
+        return found[0] + found[1]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The network's, so that checkpoints fit."""
