@@ -18,18 +18,20 @@ from typing import Any
 import torch
 
 from eutectic.bench.evaluate import Choice, Made, Progress, make, require, scored
+from eutectic.bench.report import INDIVIDUAL, MEAN
 from eutectic.bench.suite import Suite
 from eutectic.bench.tuned import make_expert, training_for, with_experts
 from eutectic.bench.zoo import complete
 from eutectic.errors import TaskError
 from eutectic.fusion._fusion import Protocol, Run
 from eutectic.record import Record, mean_of
+from eutectic.task import Task
 from eutectic.tuning.experts import training_of
 from eutectic.tuning.trainer import Kind
 
 KINDS: tuple[Kind, ...] = ("full", "lora", "l_lora")
 METHODS = ("average", "task_arithmetic", "ties", "lorahub")
-NORMALISED, ABSOLUTE, MEAN = "normalised accuracy", "accuracy", "mean"
+NORMALISED, ABSOLUTE = "normalised accuracy", "accuracy"
 #: between a kind and a method, in the name of a row
 OF = ": "
 
@@ -58,25 +60,30 @@ def growing(
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist() if seed else range(len(known))
     known = [known[at] for at in order]
     require(suite, choices, [task.name for task in known])
+    run = Run(seed, protocol)
     for kind in kinds:
         variant = _experts_of(suite, kind, experts, [task.name for task in known], seed, progress)
-        network, own = variant.backbone(), dict[str, Record]()
+        yield from _of_kind(variant, kind, choices, known, run, progress)
 
-        def rows(made: Mapping[str, Made], n: int, method: str, variant: Suite = variant, kind: Kind = kind) -> list[Record]:
-            common = {"protocol": f"tuning, {n} tasks; {protocol}", "seed": seed, "method": f"{kind}{OF}{method}"}
-            return scored(variant, made, known[:n], progress, common)
 
-        alone = {name: _individual(variant, name) for name in (task.name for task in known)}
-        found = rows(alone, len(known), "individual")
-        own |= {one.task: one for one in found}
-        yield from found
-        for n in range(2, len(known) + 1):
-            for choice in choices:
-                made = make(variant, network, known[:n], Run(seed, protocol), progress, choice)
-                *those, mean = rows(dict.fromkeys([task.name for task in known[:n]], made), n, choice.label)
-                yield from those
-                yield mean
-                yield normalised(those, own)
+def _of_kind(
+    suite: Suite, kind: Kind, choices: Sequence[Choice], tasks: Sequence[Task], run: Run, progress: Progress
+) -> Iterator[Record]:
+    """The study of a suite's experts, which are of one kind."""
+    network = suite.backbone()
+
+    def rows(made: Mapping[str, Made], n: int, method: str) -> list[Record]:
+        said = {"protocol": f"tuning, {n} tasks; {run.protocol}", "seed": run.seed, "method": f"{kind}{OF}{method}"}
+        return scored(suite, made, tasks[:n], progress, said)
+
+    alone = rows({task.name: _individual(suite, task.name) for task in tasks}, len(tasks), INDIVIDUAL)
+    yield from alone
+    own = {one.task: one for one in alone}
+    for n in range(2, len(tasks) + 1):
+        for choice in choices:
+            made = make(suite, network, tasks[:n], run, progress, choice)
+            *found, mean = rows(dict.fromkeys(suite.classes, made), n, choice.label)
+            yield from (*found, mean, normalised(found, own))
 
 
 def normalised(records: Sequence[Record], own: Mapping[str, Record]) -> Record:
@@ -92,7 +99,7 @@ def normalised(records: Sequence[Record], own: Mapping[str, Record]) -> Record:
 
 def _individual(variant: Suite, name: str) -> Made:
     training = training_of(variant.experts_folder / name) or complete(variant.info["settings"])["training"]
-    about = {"suite": variant.name, "method": "individual", "parameters": training}
+    about = {"suite": variant.name, "method": INDIVIDUAL, "parameters": training}
     return Made(variant.expert(name), about | {"inputs": {name: variant.fingerprints[name]}})
 
 
@@ -120,7 +127,7 @@ def plot(records: Sequence[Record], path: Path, drawn: Any) -> None:
     lines: dict[str, dict[str, dict[int, float]]] = {ABSOLUTE: {}, NORMALISED: {}}
     for one in records:
         n = int(one.protocol.removeprefix("tuning, ").partition(" ")[0])
-        if one.task == MEAN and not one.method.endswith("individual"):
+        if one.task == MEAN and not one.method.endswith(INDIVIDUAL):
             lines[one.metric].setdefault(one.method, {})[n] = 100 * one.value
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "growing", "font.size": 8}):
         drawn.set_size_inches(8.0, 3.4)

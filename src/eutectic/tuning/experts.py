@@ -25,7 +25,7 @@ from eutectic.tuning.trainer import Kind, Training, fine_tune
 
 ABOUT = "eutectic.json"
 #: the peak learning rate of each kind, if nothing else is said
-RATES: Mapping[Kind, float] = {"full": 1e-4, "lora": 3e-4, "l_lora": 3e-3, "l_lora_whole": 3e-3}
+RATES: Mapping[Kind, float] = {"full": 1e-4, "lora": 3e-4, "l_lora": 1e-3, "l_lora_whole": 1e-3}
 
 
 def tune(
