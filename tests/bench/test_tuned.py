@@ -191,9 +191,8 @@ def test_disentanglement_counts_changed_predictions(suite, made):
 
 def test_the_command_draws_vectors(suite, made, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    small = cut(tmp_path, TASKS[:2], SIZES)
     monkeypatch.setattr(vectors.vectors, "__defaults__", ((), (0.0, 1.0), 4, lambda line: None))
-    given = ["bench", small, "--study", "vectors", "--out", tmp_path / "out", "--experts", made / "l_lora"]
+    given = ["bench", suite.folder, "--study", "vectors", "--out", tmp_path / "out", "--experts", made / "l_lora"]
     result = run(*given, "--task", "mnist", "--task", "letters")
     assert result.exit_code == 0, result.exception
     assert "cosines of 1 pair(s) of task vectors" in result.output
@@ -204,4 +203,4 @@ def test_the_command_draws_vectors(suite, made, tmp_path, monkeypatch):
     drawn = (tmp_path / "out" / "vectors.svg").read_text()
     assert "λ of letters" in drawn
     for arguments in (["--study", "robustness", "--task", "mnist"], ["--experts", made]):
-        assert "--" in str(refused("bench", small, *arguments))
+        assert "--" in str(refused("bench", suite.folder, *arguments))

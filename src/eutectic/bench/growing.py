@@ -83,7 +83,9 @@ def _of_kind(
         for choice in choices:
             made = make(suite, network, tasks[:n], run, progress, choice)
             *found, mean = rows(dict.fromkeys(suite.classes, made), n, choice.label)
-            yield from (*found, mean, normalised(found, own))
+            yield from (*found, mean)
+            if all(own[one.task].value for one in found):
+                yield normalised(found, own)
 
 
 def normalised(records: Sequence[Record], own: Mapping[str, Record]) -> Record:

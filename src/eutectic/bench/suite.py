@@ -69,6 +69,11 @@ class Suite:
         """Task → expert, all or those named."""
         return {name: self.expert(name) for name in (self.classes if names is None else names)}
 
+    @property
+    def there(self) -> list[str]:
+        """The tasks whose experts are in their folder: of a finished suite all, of another folder of experts some."""
+        return [name for name in self.classes if (self.experts_folder / name).exists()]
+
     @functools.cached_property
     def tasks(self) -> list[Task]:
         """All tasks with their heads and splits."""
@@ -83,8 +88,7 @@ class Suite:
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
         """The content hashes of ``base`` and, by task, of the experts that are there; reads all of them once."""
-        there = [name for name in self.classes if (self.experts_folder / name).exists()]
-        weights = {"base": self.base} | self.experts(there)
+        weights = {"base": self.base} | self.experts(self.there)
         return {name: fingerprint(checkpoint) for name, checkpoint in weights.items()}
 
     def backbone(

@@ -96,13 +96,13 @@ def vectors(
     samples: int = SAMPLES,
     progress: Progress = lambda line: None,
 ) -> Iterator[Record]:
-    """A record for the cosine of every two of a suite's task vectors, and for each point of the grids of some pairs.
+    """A record for the cosine of every two of the task vectors that are there, and for each point of the grids of some pairs.
 
     A cosine is exact, so its bounds are its value; those of an error are of 95 %, from Wilson's of either task.
     """
-    names, about = list(suite.classes), {"suite": suite.name, "versions": record.versions()}
+    names, about = suite.there, {"suite": suite.name, "versions": record.versions()}
     progress("cosines of task vectors")
-    found = cosines(suite.base, suite.experts())
+    found = cosines(suite.base, suite.experts(names))
     for i, first in enumerate(names):
         for j, second in enumerate(names[i + 1 :], start=i + 1):
             value = found[i, j].item()
