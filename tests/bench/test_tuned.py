@@ -146,7 +146,7 @@ def test_a_study_follows_growing_numbers_of_tasks(suite, made, tmp_path, monkeyp
             expected = [one.value / own[f"{kind}: individual", one.task] for one in tasks]
             assert share.value == pytest.approx(sum(expected) / n)
             assert share.low <= share.value <= share.high
-    assert any("chosen on val" in one.notes for one in records)
+    assert any("chosen on val among 10 candidates" in one.notes for one in records)
     pytest.importorskip("matplotlib")
     from eutectic.bench.fronts import figure
 

@@ -31,6 +31,8 @@ from eutectic.tuning.trainer import Kind
 
 KINDS: tuple[Kind, ...] = ("full", "lora", "l_lora")
 METHODS = ("average", "task_arithmetic", "ties", "lorahub")
+#: few experts want a larger λ than eight do
+GRIDS = {"task_arithmetic": {"scale": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)}}
 NORMALISED, ABSOLUTE = "normalised accuracy", "accuracy"
 #: between a kind and a method, in the name of a row
 OF = ": "
@@ -81,7 +83,7 @@ def _of_kind(
     own = {one.task: one for one in alone}
     for n in range(2, len(tasks) + 1):
         for choice in choices:
-            made = make(suite, network, tasks[:n], run, progress, choice)
+            made = make(suite, network, tasks[:n], run, progress, choice, GRIDS)
             *found, mean = rows(dict.fromkeys(suite.classes, made), n, choice.label)
             yield from (*found, mean)
             if all(own[one.task].value for one in found):

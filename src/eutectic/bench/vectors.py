@@ -75,17 +75,18 @@ def disentanglement(
     known, network = [suite.task(name) for name in tasks], suite.backbone()
     inputs = [task.arrays("adapt").take(torch.arange(min(samples, len(task.arrays("adapt")))))[0] for task in known]
 
-    def predictions(weights: Sequence[float], task: int) -> Tensor:
-        filled(network, Merged("task_arithmetic", base, experts, {"scale": 1.0, "weights": list(weights)}))
-        return known[task].head(network(inputs[task])).argmax(1)
+    def predictions(first: float, second: float) -> list[Tensor]:
+        filled(network, Merged("task_arithmetic", base, experts, {"scale": 1.0, "weights": [first, second]}))
+        return [task.head(network(x)).argmax(1) for task, x in zip(known, inputs, strict=True)]
 
-    alone = [[predictions([one, 0.0] if i == 0 else [0.0, one], i) for one in lambdas] for i in (0, 1)]
+    alone = [predictions(one, 0.0)[0] for one in lambdas], [predictions(0.0, one)[1] for one in lambdas]
     changed = torch.zeros(2, len(lambdas), len(lambdas), dtype=torch.long)
     for row, first in enumerate(lambdas):
         progress(f"{ERROR}: row {row + 1} of {len(lambdas)}")
         for column, second in enumerate(lambdas):
+            found = predictions(first, second)
             for i, at in ((0, row), (1, column)):
-                changed[i, row, column] = (predictions([first, second], i) != alone[i][at]).sum()
+                changed[i, row, column] = (found[i] != alone[i][at]).sum()
     return changed, torch.tensor([len(one) for one in inputs])
 
 
