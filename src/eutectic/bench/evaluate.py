@@ -239,7 +239,7 @@ def choose(
 ) -> tuple[Merged, str]:
     """The merge of the experts of some tasks that does best on their ``val``, and a note that says so.
 
-    What is ``given`` is kept; what else ``axes`` propose, or the method's ``GRID``, is searched.  Ties go to the first candidate.
+    What is ``given`` is kept; what else ``axes``, or the method's ``GRID``, propose is searched.  Ties go to the first one.
     """
     experts = [task.name for task in tasks]
     candidates: list[dict[str, Any]] = []
