@@ -345,7 +345,10 @@ def tune(
     with _bar() as progress:
         records = make_expert(opened, task, training, out, replace=force, progress=progress)
     for found in records:
-        print(found.to_json()) if json else _print_score(f"{found.task}, {found.split}", found)
+        if json:
+            print(found.to_json())
+        else:
+            _print_score(f"{found.task}, {found.split}", found)
 
 
 def _report_routing(network: Any, suite: Any, split: str, path: Path) -> None:

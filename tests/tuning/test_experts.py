@@ -46,6 +46,7 @@ def test_an_expert_is_a_network_that_knows_its_task_and_can_be_merged(kind):
     assert task().score(expert).value > task().score(backbone).value + 0.2
     assert isinstance(expert, Tangent) is (kind == "l_lora_whole")
     assert not expert.training
+    assert all(p.requires_grad for p in expert.parameters())
     for name, tensor in eu.state_dict(backbone).items():
         assert torch.equal(tensor, before[name])
     merged = eu.merge("task_arithmetic", backbone, [expert], scale=1.0)

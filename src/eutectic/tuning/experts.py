@@ -68,6 +68,8 @@ def tune(
     network = copy.deepcopy(backbone)
     fine_tune(network, task.head, task.arrays("train"), training, functools.partial(_told, progress, task.name, steps))
     fold(network)
+    for tuned, own in zip(network.parameters(), backbone.parameters(), strict=True):
+        tuned.requires_grad_(own.requires_grad)  # adapters froze it
     return (tangent_at(network, backbone.state_dict()) if kind == "l_lora_whole" else network).eval()
 
 
