@@ -142,8 +142,7 @@ def plot(records: Sequence[Record], path: Path, drawn: Any) -> None:
                 kind, _, name = method.partition(OF)
                 style = {"color": f"C{kinds.index(kind)}", "marker": "oxs^Dv<>*"[methods.index(name) % 9]}
                 axes.plot(list(points), list(points.values()), linewidth=1, markersize=4, label=method, **style)
-            axes.set(xlabel="tasks", ylabel=f"{metric}, %")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set(xlabel="tasks", ylabel=f"{metric}, %", xticks=sorted({n for points in those.values() for n in points}))
             axes.grid(alpha=0.3)
         axes.legend(fontsize=5, ncols=len(kinds))
         drawn.savefig(path, format="svg", metadata={"Date": None})

@@ -189,7 +189,16 @@ def plot(records: Sequence[Record], path: Path, drawn: Any) -> None:
             for (first, second), value in pairs.items():
                 i, j = names.index(first), names.index(second)
                 matrix[i, j] = matrix[j, i] = value
-            image = _image(drawn, next(axes), matrix, "cosines of task vectors", names, names, 0.0, max(0.5, *pairs.values()))
+            image = _image(
+                drawn,
+                next(axes),
+                matrix,
+                "cosines of task vectors",
+                names,
+                names,
+                min(0.0, *pairs.values()),
+                max(0.5, *pairs.values()),
+            )
             image.set_xticklabels(names, rotation=90)
         for pair, those in grids.items():
             first, second = (sorted({one.parameters["weights"][at] for one in those}) for at in (0, 1))
