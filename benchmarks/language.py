@@ -77,7 +77,7 @@ PLAN = Plan(
     tokens=48,
     start="<|endoftext|>",
     sizes={"train": 4000, "val": 48, "test": 200},
-    training=Training(steps=150, lr=1e-3, batch_size=8, rank=16, alpha=16),
+    training=Training(steps=150, lr=1e-3, batch_size=8, rank=16, alpha=16, kind="lora"),
 )
 #: closed forms, as they are at full length; what is scaled, in which every one is linear, is scaled by one of SCALES
 CLOSED: dict[str, dict[str, Any]] = {

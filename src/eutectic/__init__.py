@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from eutectic.merge.recipe import Recipe as Recipe
     from eutectic.record import Record as Record
     from eutectic.task import Task as Task
+    from eutectic.tuning.experts import tune as tune
 
 _HOMES = {
     "Checkpoint": "checkpoint.base",
@@ -41,6 +42,7 @@ _HOMES = {
     "open_suite": "bench.zoo",
     "save": "fusion._folder",
     "state_dict": "merge.api",
+    "tune": "tuning.experts",
 }
 __all__ = [*_HOMES]
 

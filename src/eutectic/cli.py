@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -46,12 +46,23 @@ class Protocol(StrEnum):
     transductive = "transductive"
 
 
+class TuneKind(StrEnum):
+    """How an expert is tuned."""
+
+    full = "full"
+    lora = "lora"
+    l_lora = "l_lora"
+    l_lora_whole = "l_lora_whole"
+
+
 class Study(StrEnum):
-    """What beside its own tasks and images a fused network is tried on."""
+    """What is asked of fused networks and task vectors beside a score on all tasks."""
 
     generalisation = "generalisation"
     robustness = "robustness"
     pareto = "pareto"
+    tuning = "tuning"
+    vectors = "vectors"
 
 
 CompatOption = Annotated[
@@ -286,14 +297,12 @@ def evaluate(
     """Score MODEL on the tasks of a suite."""
     from eutectic import record
     from eutectic.bench import evaluate as scoring
+    from eutectic.bench.tuned import loaded
     from eutectic.bench.zoo import open_suite
-    from eutectic.checkpoint.folder import open_path
     from eutectic.checkpoint.hashed import fingerprint
-    from eutectic.fusion._folder import layers_of
 
     opened = open_suite(suite)
-    weights = open_path(model)
-    network = opened.backbone(weights, layers_of(model))
+    network, weights = loaded(opened, model)
     if routing is not None:
         _report_routing(network, opened, split, routing)
     fields = scoring.fields_of(model) | {"suite": opened.name, "inputs": {"model": fingerprint(weights)}}
@@ -303,7 +312,43 @@ def evaluate(
             print(found.to_json())
     else:
         for found in [*records, record.mean_of(records)]:
-            print(f"{found.task:16} {100 * found.value:5.1f}  [{100 * found.low:.1f}, {100 * found.high:.1f}]  n = {found.n}")
+            _print_score(found.task, found)
+
+
+def _print_score(what: str, found: Record) -> None:
+    print(f"{what:16} {100 * found.value:5.1f}  [{100 * found.low:.1f}, {100 * found.high:.1f}]  n = {found.n}")
+
+
+@app.command()
+def tune(
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    task: Annotated[str, typer.Option(help="A task of the suite.")],
+    kind: Annotated[
+        TuneKind, typer.Option(help="All weights; LoRA; linearised LoRA, layer by layer, or as one tangent of the network.")
+    ] = TuneKind.lora,
+    suite: SuiteName = "mini",
+    steps: Annotated[int | None, typer.Option(help="Of AdamW; as the suite's own experts by default.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate; one that fits the kind by default.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of adapters.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Adapters are scaled by alpha / rank.")] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / √rank.")] = False,
+    seed: Annotated[int, typer.Option(help="Fixes the result; adapters of one seed share A.", min=0)] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an existing folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON record a line.")] = False,
+) -> None:
+    """Make an expert of a suite's task, whole or not at all: a Hugging Face folder, or a PEFT folder of an adapter."""
+    from eutectic.bench.tuned import make_expert, training_for
+    from eutectic.bench.zoo import open_suite
+
+    opened = open_suite(suite)
+    training = training_for(opened, kind.value, steps=steps, lr=lr, rank=rank, alpha=alpha, rslora=rslora, seed=seed)
+    with _bar() as progress:
+        records = make_expert(opened, task, training, out, replace=force, progress=progress)
+    for found in records:
+        if json:
+            print(found.to_json())
+        else:
+            _print_score(f"{found.task}, {found.split}", found)
 
 
 def _report_routing(network: Any, suite: Any, split: str, path: Path) -> None:
@@ -346,39 +391,83 @@ def bench(
     ] = None,
     study: Annotated[
         Study | None,
-        typer.Option(help="Fuse without two tasks and score those too; or score on corrupted images; or draw fronts."),
+        typer.Option(
+            help="generalisation: fuse without two tasks and score those too; robustness: score on corrupted images; pareto: "
+            "draw fronts; tuning: merge 2 to all experts of several kinds; vectors: cosines and disentanglement errors."
+        ),
     ] = None,
-    task: Annotated[list[str] | None, typer.Option(help="For pareto: a task of the front; two or more.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="For pareto: a task of the front; two or more. For tuning: all by default. For vectors: the two."),
+    ] = None,
+    experts: Annotated[
+        Path | None,
+        typer.Option(
+            help="For tuning: where experts lie, or are made, as KIND/TASK; OUT/experts by default. For vectors: as TASK."
+        ),
+    ] = None,
     corruption: Annotated[list[str] | None, typer.Option(help="For robustness; all seven by default.")] = None,
     severity: Annotated[list[int] | None, typer.Option(help="For robustness, 1 to 5; 3 by default.")] = None,
 ) -> None:
     """Score θ₀, the experts and every closed-form method, or the methods named, on a suite."""
     from eutectic import record
-    from eutectic.bench import corruptions, fronts, protocols
+    from eutectic.bench import corruptions, fronts, growing, protocols
     from eutectic.bench.evaluate import run_suite
 
     seen: Any = [p.value for p in protocol or [Protocol.inductive]]
-    if study is None:
-        score: Any = functools.partial(run_suite, seeds=seed or [0], protocols=seen)
-    elif len(seed or []) > 1 or len(seen) > 1:
-        raise EutecticError(f"a study of {study.value} takes one seed and one protocol at a time")
-    else:
-        room = fronts if study is Study.pareto else protocols
-        score = functools.partial(getattr(room, study.value), seed=(seed or [0])[0], protocol=seen[0])
+    out = out or Path("runs") / Path(suite).name
+    if task and study not in (Study.pareto, Study.tuning, Study.vectors):
+        raise EutecticError("--task is for --study pareto, tuning and vectors")
+    if experts and study not in (Study.tuning, Study.vectors):
+        raise EutecticError("--experts is for --study tuning and vectors")
     if study is not Study.robustness and (corruption or severity):
         raise EutecticError("--corruption and --severity are for --study robustness")
-    if study is Study.robustness:
-        score = functools.partial(score, kinds=corruption or list(corruptions.KINDS), severities=severity or [3])
-    out = out or Path("runs") / Path(suite).name
-    if study is not Study.pareto:
-        if task:
-            raise EutecticError("--task is for --study pareto")
-        _run(suite, out, tuple(method) if method else None, score)
+    if study is Study.vectors:
+        _vectors(suite, out, task or [], experts)
         return
-    drawn = fronts.figure() if len(task or []) in fronts.PANELS else None
-    _run(suite, out, tuple(method or ["pwe_moe"]), functools.partial(score, tasks=task or []))
-    if drawn:
-        fronts.plot(list(record.load(out / "records.jsonl")), out / "fronts.svg", drawn)
+    if study is None:
+        _run(suite, out, method, functools.partial(run_suite, seeds=seed or [0], protocols=seen))
+        return
+    if len(seed or []) > 1 or len(seen) > 1:
+        raise EutecticError(f"a study of {study.value} takes one seed and one protocol at a time")
+    how: dict[str, Any] = {"seed": (seed or [0])[0], "protocol": seen[0]}
+    match study:
+        case Study.generalisation:
+            _run(suite, out, method, functools.partial(protocols.generalisation, **how))
+        case Study.robustness:
+            how |= {"kinds": corruption or list(corruptions.KINDS), "severities": severity or [3]}
+            _run(suite, out, method, functools.partial(protocols.robustness, **how))
+        case Study.pareto:
+            drawn = fronts.figure() if len(task or []) in fronts.PANELS else None
+            _run(suite, out, method or ["pwe_moe"], functools.partial(fronts.pareto, tasks=task or [], **how))
+            if drawn:
+                fronts.plot(list(record.load(out / "records.jsonl")), out / "fronts.svg", drawn)
+        case Study.tuning:
+            drawn = fronts.figure()
+            how |= {"experts": experts or out / "experts", "tasks": task or []}
+            _run(suite, out, method or list(growing.METHODS), functools.partial(growing.growing, **how))
+            growing.plot(list(record.load(out / "records.jsonl")), out / "tuning.svg", drawn)
+
+
+def _vectors(suite: str, out: Path, pair: list[str], experts: Path | None) -> None:
+    from eutectic import record
+    from eutectic.bench import fronts, vectors
+    from eutectic.bench.tuned import with_experts
+    from eutectic.bench.zoo import open_suite
+    from eutectic.checkpoint.writer import explained
+
+    opened, drawn = open_suite(suite), fronts.figure()
+    if experts is not None:
+        opened = with_experts(opened, experts)
+    told = functools.partial(print, file=sys.stderr, flush=True)
+    records = list(vectors.vectors(opened, [pair] if pair else [], progress=told))
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "vectors.jsonl").unlink(missing_ok=True)
+        record.append(out / "vectors.jsonl", records)
+        vectors.plot(records, out / "vectors.svg", drawn)
+    print("\n".join(vectors.summary(records)))
+    print(f"records: {out / 'vectors.jsonl'}\nplot:    {out / 'vectors.svg'}")
 
 
 @app.command()
@@ -450,7 +539,7 @@ def _open_recipe(path: Path, compat: Compat | None = None) -> tuple[AnyRecipe, M
     return recipe, merged
 
 
-def _run(suite: str, out: Path, only: tuple[str, ...] | None, score: Callable[..., Iterator[Record]] | None = None) -> None:
+def _run(suite: str, out: Path, only: Sequence[str] | None, score: Callable[..., Iterator[Record]] | None = None) -> None:
     from rich.console import Console
 
     from eutectic import record

@@ -52,7 +52,7 @@ def experts(tmp_path, tied=True):
     for seed, (name, low) in enumerate({"low": 1, "high": 12}.items()):
         model = llama(tied)
         decoder = Decoder(model)
-        training = Training(steps=15, lr=1e-2, batch_size=8, rank=3, alpha=6, seed=seed)
+        training = Training(steps=15, lr=1e-2, batch_size=8, rank=3, alpha=6, kind="lora", seed=seed)
         fine_tune(decoder, vocabulary(model), Texts(rows(low=low, high=low + 12), START), training)
         (tmp_path / name).mkdir()
         save_adapter(decoder, tmp_path / name, "../base", torch.float32)
@@ -166,7 +166,7 @@ def test_from_a_base_to_scored_fusions(tmp_path):
     few = script.Plan(
         **{"domains": ("one", "two"), "unseen": "other", "unseen_test": 8, "tokens": 8, "start": "<|endoftext|>"},
         sizes={"train": 60, "val": 6, "test": 20},
-        training=Training(steps=2, lr=1e-2, batch_size=8, rank=3, alpha=6),
+        training=Training(steps=2, lr=1e-2, batch_size=8, rank=3, alpha=6, kind="lora"),
     )
     more = dataclasses.replace(few, training=dataclasses.replace(few.training, steps=30))
     found = {}

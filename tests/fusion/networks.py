@@ -129,7 +129,7 @@ def tasks_of(kind, width, names=("a", "b"), n=24, dtype=torch.float64):
     for number, name in enumerate(names):
         splits = {
             split: Arrays(inputs_of(kind, n, seed=10 * number + place, dtype=dtype), torch.zeros(n, dtype=torch.long))
-            for place, split in enumerate(("adapt", "test"))
+            for place, split in enumerate(("adapt", "test", "val"))
         }
         found.append(Task(name, head_of(width, 3 + number, seed=number, dtype=dtype), **splits))
     return found

@@ -100,14 +100,30 @@ def test_what_cannot_be_fused_is_refused_and_nothing_is_left(recipe, tmp_path, r
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml"]
 
 
-def test_models_by_path_with_the_tasks_of_a_suite(tmp_path):
+BY_PATH = {
+    "adamerging": "steps: 1, batch_size: 1",
+    "concrete_task_arithmetic": "steps: 1, batch_size: 1",
+    "wemoe": "steps: 1, batch_size: 1",
+    "smile": "rank: 2, gate_rank: 2",
+    "lorahub": "generations: 1, shots: 2",
+}
+
+
+@pytest.mark.parametrize("method", BY_PATH)
+def test_adapters_by_path_with_the_tasks_of_a_suite(tmp_path, method):
+    """Experts are PEFT folders over the base: every kind of method takes them as they are."""
+    if method == "lorahub":
+        pytest.importorskip("cma")
     mini, path = zoo.packaged(), tmp_path / "recipe.yaml"
     path.write_text(
-        f"method: adamerging\nbase: {mini / 'base'}\nexperts: {{letters: {mini / 'experts' / 'letters'}}}\n"
-        "tasks: mini\nparameters: {steps: 1, batch_size: 1}\n"
+        f"method: {method}\nbase: {mini / 'base'}\nexperts: {{letters: {mini / 'experts' / 'letters'}}}\n"
+        f"tasks: mini\nparameters: {{{BY_PATH[method]}}}\n"
     )
     assert run("fuse", path, tmp_path / "out").exit_code == 0
-    assert json.loads((tmp_path / "out" / "artefact" / "artefact.json").read_text())["tasks"] == ["letters"]
+    about = json.loads((tmp_path / "out" / "artefact" / "artefact.json").read_text())
+    assert about["tasks"] == ["letters"]
+    network = zoo.open_suite("mini").backbone(open_folder(tmp_path / "out"), layers_of(tmp_path / "out"))
+    assert torch.isfinite(network(torch.zeros(2, 3, 42, 42))).all()
 
 
 def test_an_artefact_for_all_preferences_is_merged_at_another_without_a_fit(recipe, tmp_path):

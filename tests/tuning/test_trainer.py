@@ -1,10 +1,14 @@
 """The trainer and its adapters."""
 
+import re
+
+import pytest
 import torch
 from torch import nn
 
 from eutectic.checkpoint.base import live
 from eutectic.checkpoint.lora import open_lora
+from eutectic.errors import LayoutError, NonFiniteError, ParameterError
 from eutectic.merge.api import state_dict
 from eutectic.task import Arrays
 from eutectic.tuning.lora import adapters, attach, save_adapter
@@ -29,13 +33,13 @@ def loss_of(model, arrays):
 
 
 def test_full_and_low_rank_training_lower_the_loss_and_repeat_bit_for_bit():
-    for rank in (0, 2):
-        training = Training(steps=60, lr=1e-2, rank=rank, alpha=4, shift=1)
+    for kind, rank, lr in (("full", 0, 1e-2), ("lora", 2, 1e-2), ("l_lora", 4, 1e-1), ("l_lora_whole", 4, 1e-1)):
+        training = Training(steps=60, lr=lr, rank=rank, alpha=4, shift=1, kind=kind)
         models, seen = [], []
         for _ in range(2):
             model, steps = network(), []
-            fine_tune(model, nn.Identity(), data(), training, lambda step, loss, steps=steps: steps.append((step, loss)))
-            models.append(model)
+            told = lambda step, loss, steps=steps: steps.append((step, loss))  # noqa: E731
+            models.append(fine_tune(model, nn.Identity(), data(), training, told))
             seen.append(steps)
         assert seen[0] == seen[1]
         assert [step for step, _ in seen[0]] == list(range(1, 61))
@@ -55,10 +59,39 @@ def test_adapters_start_as_the_base_and_leave_it_frozen():
 
 def test_a_saved_adapter_reads_back_as_the_trained_network(tmp_path):
     model, base = network(), network()
-    fine_tune(model, nn.Identity(), data(), Training(steps=20, lr=1e-2, rank=3, alpha=6))
+    fine_tune(model, nn.Identity(), data(), Training(steps=20, lr=1e-2, rank=3, alpha=6, kind="lora"))
     save_adapter(model, tmp_path, "../base", torch.float32)
     expert = network()
     expert.load_state_dict(state_dict(open_lora(tmp_path, live(base))))
     x = torch.randn(5, 3, 3, 3)
     torch.testing.assert_close(expert.eval()(x), model(x))
     assert not torch.allclose(expert(x), base.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"kind": "lora"}, "rank = 0: kind 'lora' needs a rank of at least 1"),
+        ({"rank": 2}, "rank = 2: kind 'full' has no adapters"),
+        ({"kind": "l_lora", "rank": -1}, "rank = -1"),
+        ({"steps": 0}, "steps = 0: give a positive number"),
+        ({"lr": float("nan")}, "lr = nan"),
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"kind": "lora", "rank": 1, "alpha": 0.0}, "alpha = 0.0"),
+    ],
+)
+def test_what_nobody_could_train_with_is_refused(given, said):
+    with pytest.raises(ParameterError, match=re.escape(said)):
+        Training(**{"steps": 1, "lr": 1.0} | given)
+
+
+def test_layers_that_take_no_adapter_are_named():
+    with pytest.raises(ParameterError, match=r"rank = 5: the matrix of '4' is \[4, 16\], so give less"):
+        attach(network(), rank=5, alpha=4, seed=0)
+    with pytest.raises(LayoutError, match="Conv2d has no linear layer"):
+        attach(nn.Conv2d(3, 3, 1), rank=1, alpha=4, seed=0)
+
+
+def test_a_loss_that_is_not_finite_ends_it_at_its_step():
+    with pytest.raises(NonFiniteError, match=r"step [2-9] of 20: the loss is (nan|inf); lower lr = 1e\+30"):
+        fine_tune(network(), nn.Identity(), data(), Training(steps=20, lr=1e30))

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -30,8 +31,11 @@ from eutectic.merge.run import bind
 from eutectic.merge.view import Merged
 from eutectic.record import Record
 from eutectic.task import Task
+from eutectic.tuning.experts import training_of
 
 Progress = Callable[[str], None]
+#: the values of each parameter that are tried
+Axes = Mapping[str, Sequence[Any]]
 #: what the demo shows: the families' own, and those that have passed them
 REPRESENTATIVE = ("average", "task_arithmetic", "ties", "sce", "magmax", "consensus", "tsv_m", "iso_c", "wudi", "lines")
 
@@ -125,10 +129,19 @@ def require(suite: Suite, choices: Sequence[Choice], experts: Sequence[str]) -> 
             merge_suite(suite, method, parameters, list(experts))
 
 
-def make(suite: Suite, network: nn.Module, tasks: Sequence[Task], run: Run, progress: Progress, choice: Choice) -> Made:
+def make(
+    suite: Suite,
+    network: nn.Module,
+    tasks: Sequence[Task],
+    run: Run,
+    progress: Progress,
+    choice: Choice,
+    grids: Mapping[str, Axes] = MappingProxyType({}),
+) -> Made:
     """What a method makes of the tasks' experts; it sees these tasks and no other.
 
-    The scalars of a closed form are chosen on ``val``; peak memory counts from here on.
+    The scalars of a closed form are chosen on ``val`` among those of its ``GRID``, or of ``grids`` by the method's name; peak
+    memory counts from here on.
     """
     record.reset_peak_rss()
     started = time.perf_counter()
@@ -136,11 +149,15 @@ def make(suite: Suite, network: nn.Module, tasks: Sequence[Task], run: Run, prog
     method, parameters = choice
     if registry.room_of(method) == "fusion":
         artefact = fitted(suite, tasks, run, progress, choice)
-        weights, parameters, notes = fused(suite.base, suite.experts(names), artefact), artefact.about["parameters"], ""
+        weights, parameters, notes = (
+            fused(suite.base, suite.experts(names), artefact),
+            artefact.about["parameters"],
+            artefact.about.get("notes", ""),
+        )
         layers = artefact.about.get("layers", {})
     else:
         given = Recipe(method=method, parameters=dict(parameters), seed=run.seed).bound_parameters()
-        weights, notes = choose(suite, network, method, tasks, given, progress)
+        weights, notes = choose(suite, network, method, tasks, given, progress, grids.get(method))
         parameters = weights.parameters
     fields = described(suite, names, run, choice.label, method, parameters) | {"notes": notes}
     return Made(Memory(state_dict(weights)), fields, time.perf_counter() - started, layers)
@@ -218,14 +235,15 @@ def choose(
     tasks: Sequence[Task],
     given: Mapping[str, Any],
     progress: Progress = lambda line: None,
+    axes: Axes | None = None,
 ) -> tuple[Merged, str]:
     """The merge of the experts of some tasks that does best on their ``val``, and a note that says so.
 
-    What is ``given`` is kept; what else the method's ``GRID`` proposes is searched.  Ties go to the first candidate.
+    What is ``given`` is kept; what else ``axes``, or the method's ``GRID``, propose is searched.  Ties go to the first one.
     """
     experts = [task.name for task in tasks]
     candidates: list[dict[str, Any]] = []
-    for proposed in grid(method):
+    for proposed in grid(method, axes):
         candidate = {name: value for name, value in proposed.items() if name not in given}
         if candidate not in candidates:
             candidates.append(candidate)
@@ -262,9 +280,9 @@ def merge_suite(suite: Suite, method: str, parameters: Mapping[str, Any], expert
     return Merged(method, suite.base, suite.experts(experts), parameters)
 
 
-def grid(method: str) -> Iterator[dict[str, Any]]:
-    """The candidates that a method's file proposes in ``GRID``; just the defaults if it proposes none."""
-    axes: Mapping[str, Sequence[Any]] = getattr(registry.module("methods", method), "GRID", {})
+def grid(method: str, axes: Axes | None = None) -> Iterator[dict[str, Any]]:
+    """The candidates of ``axes``, or those of the ``GRID`` in a method's file; just the defaults if it proposes none."""
+    axes = getattr(registry.module("methods", method), "GRID", {}) if axes is None else axes
     return (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
 
 
@@ -294,7 +312,9 @@ def suite_models(recipe: Recipe) -> tuple[Suite, dict[str, Checkpoint]]:
 
 
 def fields_of(model: Path) -> dict[str, Any]:
-    """The method and recipe of a folder that Eutectic wrote; of another, its name."""
+    """The method and recipe of a folder that Eutectic wrote, or how it was trained; of another, its name."""
+    if training := training_of(model):
+        return {"method": training["kind"], "parameters": training, "seed": training["seed"]}
     try:
         about = json.loads((model / "eutectic.json").read_text(encoding="utf-8"))
         recipe = about["recipe"]

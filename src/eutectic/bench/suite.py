@@ -39,9 +39,9 @@ PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 class Suite:
     """A suite read from its folder; nothing but ``suite.json`` is read before it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open.  Raises TaskError if the folder holds no suite."""
-        self.folder = folder
+    def __init__(self, folder: Path, experts: Path | None = None) -> None:
+        """Open; ``experts`` is another folder of experts by task than its own.  Raises TaskError if there is no suite."""
+        self.folder, self.experts_folder = folder, experts or folder / "experts"
         try:
             self.info: dict[str, Any] = json.loads((folder / "suite.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -60,7 +60,7 @@ class Suite:
     def expert(self, task: str) -> Checkpoint:
         """The expert of one task, as float32; adapters are expanded as they are read."""
         self._require(task)
-        folder = self.folder / "experts" / task
+        folder = self.experts_folder / task
         if (folder / "adapter_config.json").exists():
             return open_lora(folder, self.base)
         return Cast(open_folder(folder), torch.float32)
@@ -68,6 +68,11 @@ class Suite:
     def experts(self, names: list[str] | None = None) -> dict[str, Checkpoint]:
         """Task → expert, all or those named."""
         return {name: self.expert(name) for name in (self.classes if names is None else names)}
+
+    @property
+    def there(self) -> list[str]:
+        """The tasks whose experts are in their folder: of a finished suite all, of another folder of experts some."""
+        return [name for name in self.classes if (self.experts_folder / name).exists()]
 
     @functools.cached_property
     def tasks(self) -> list[Task]:
@@ -82,8 +87,8 @@ class Suite:
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
-        """The content hashes of ``base`` and of the experts by task; reads all of them once."""
-        weights = {"base": self.base} | self.experts()
+        """The content hashes of ``base`` and, by task, of the experts that are there; reads all of them once."""
+        weights = {"base": self.base} | self.experts(self.there)
         return {name: fingerprint(checkpoint) for name, checkpoint in weights.items()}
 
     def backbone(

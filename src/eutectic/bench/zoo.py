@@ -71,7 +71,7 @@ MINI = SuiteSpec(
     kind="vision",
     source="facebook/dinov2-small",
     tasks=("mnist", "fashion", "animals", "letters", "scripts", "indian_pines", "digits8", "openclipart"),
-    training=Training(steps=600, lr=3e-4, rank=8, alpha=16, shift=2),
+    training=Training(steps=600, lr=3e-4, rank=8, alpha=16, shift=2, kind="lora"),
     sizes={"train": 2500, "val": 64, "adapt": 192, "test": 400},
     blocks=5,
     side=42,
@@ -162,7 +162,7 @@ def build(spec: SuiteSpec, out: Path, data: Path | None = None, base: Path | Non
         raise TaskError(f"{base}: no Hugging Face folder (it lacks config.json); name one with --base")
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    if (out / "suite.json").exists() and Suite(out).info["settings"] != settings:
+    if (out / "suite.json").exists() and complete(Suite(out).info["settings"]) != settings:
         raise TaskError(f"{out} was begun with other settings; remove it, or build into another folder")
     if not (out / "base").exists():
         _make_base(spec, out / "base", base)
@@ -180,6 +180,14 @@ def build(spec: SuiteSpec, out: Path, data: Path | None = None, base: Path | Non
                 spec, suite, task, lambda step, loss, t=task, p=position: progress(t, p * steps + step, len(spec.tasks) * steps)
             )
     return suite
+
+
+def complete(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings of a suite that was built before there were several kinds of adapters, as they would be written now."""
+    match settings:
+        case {"training": {"rank": int(rank)} as training}:
+            return {**settings, "training": {"kind": "lora" if rank else "full", "rslora": False} | training}
+    return settings
 
 
 def _make_base(spec: SuiteSpec, target: Path, source: Path | None) -> None:
@@ -283,7 +291,7 @@ def _make_expert(spec: SuiteSpec, suite: Suite, task: str, progress: Callable[[i
     fine_tune(backbone, suite.task(task).head, suite.arrays(task, "train"), spec.training, progress)
     (suite.folder / "experts").mkdir(exist_ok=True)
     with published(suite.folder / "experts" / task) as folder:
-        if spec.training.rank:
+        if spec.training.kind != "full":
             save_adapter(backbone, folder, "../../base", getattr(torch, spec.dtype))
         else:
             copy_side_files(suite.folder / "base", folder)

@@ -60,7 +60,7 @@ def fit(name: str, models: ModelSet, tasks: Sequence[Task], parameters: Mapping[
         "protocol": run.protocol,
         "autocast": run.autocast,
         "tasks": [task.name for task in tasks],
-        "seen": {task.name: _identity(task, run) for task in tasks if fusion.least_tasks},
+        "seen": {task.name: _identity(task, run, fusion.labelled) for task in tasks if fusion.least_tasks},
         "models": hashes,
         "versions": record.versions(record.ENGINE),
     }
@@ -96,9 +96,10 @@ def _require_fitting(name: str, models: ModelSet, tasks: Sequence[Task], least_t
         require_same_layout(models.base.specs, weights.specs, "the base", f"expert {expert!r} ({weights.origin})")
 
 
-def _identity(task: Task, run: Run) -> str:
-    """A hash of the inputs that a task shows, and of its head if that is a module."""
-    tensors = {"inputs": run.arrays(task).inputs.cpu()}
+def _identity(task: Task, run: Run, labelled: str | None) -> str:
+    """A hash of the inputs, and labels, that a task shows, and of its head if that is a module."""
+    arrays = run.arrays(task) if labelled is None else task.arrays(labelled)
+    tensors = {"inputs": arrays.inputs.cpu()} | ({} if labelled is None else {"labels": arrays.labels.cpu()})
     if isinstance(task.head, nn.Module):
         tensors |= {f"head.{name}": tensor.cpu() for name, tensor in task.head.state_dict().items()}
     return fingerprint(Memory(tensors))

@@ -107,12 +107,14 @@ class Fusion(NamedTuple):
     A method that keeps its experts has ``layers`` in ``about``, which say what becomes of the network's layers (see
     ``_routing.routed``), and tensors of theirs in what ``build`` gives.  ``least_tasks`` is 0 for one that looks at no data.
     ``free`` names parameters that ``fit`` does not depend on: an artefact can be applied with other values of them.
+    ``labelled`` is the split of which a method sees labels too, whatever the protocol; None for all that see inputs alone.
     """
 
     fit: Callable[[ModelSet, Sequence[Task], Run], Artefact]
     build: Callable[[Checkpoint, Mapping[str, Checkpoint], Artefact], Checkpoint]
     least_tasks: int = 1
     free: tuple[str, ...] = ()
+    labelled: str | None = None
 
 
 def expert_of(task: Task, models: ModelSet) -> str:
