@@ -20,7 +20,7 @@ RESULTS = DOCS.parent / "benchmarks" / "results"
 def methods_page() -> str:
     """Every registered method: its docstring, parameters and source."""
     parts = ["# Methods\n\nWritten by `make docs` from the docstrings.  `eutectic methods NAME` prints the same.\n"]
-    for room, title in (("methods", "Closed form"), ("fusion", "Fitted to data")):
+    for room, title in (("methods", "Closed form"), ("fusion", "Fitted to data"), ("ensemble", "Predictions combined")):
         parts.append(f"# {title}\n")
         for name in registry.names(room):
             doc, source = inspect.getdoc(registry.get(room, name)) or "", registry.reference(room, name)
