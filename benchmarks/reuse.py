@@ -1,11 +1,11 @@
-"""Reuse parties' networks that cannot be merged, on Fashion-MNIST: ensembles, density reuse, HMR, RKME, and one model of all data.
+"""Reuse networks that cannot be merged, on Fashion-MNIST: ensembles, density reuse, HMR, RKME, and one model of all data.
 
     python benchmarks/reuse.py --data DATA/fashion.npz --work WORK [--seed 0] [--split A …] [--only train]
 
-Four published splits of the training images among two to seven parties (Tang et al., IJCAI 2023, after Wu et al., ICML 2019),
-of which 5,000 are kept aside: 1,000 labelled for calibration, and all without labels for distillation.  Parties are trained once
-in --work, as the folders that they would hand over; what is scored is opened from those folders.  No choice looks at the test set.
-Records go to benchmarks/results/reuse.jsonl; those that it has already are not measured again.
+Four published splits of the training images among two to seven parties (Tang et al., IJCAI 2023, after Wu et al., ICML
+2019), of which 5,000 are kept aside: 1,000 labelled for calibration, and all without labels for distillation.  Parties are
+trained once in --work, as the folders that they would hand over; what is scored is opened from those folders.  No choice
+looks at the test set. Records go to benchmarks/results/reuse.jsonl; those that it has already are not measured again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from eutectic.ensemble import _hmr, _rkme
 from eutectic.ensemble._density import Cosines
 from eutectic.ensemble._ensemble import Ensemble, Examples, Outputs
 from eutectic.ensemble._gaussians import Gaussians
-from eutectic.ensemble._networks import CNN, Normalisation
+from eutectic.ensemble._networks import CNN, Classifier, Normalisation
 from eutectic.ensemble._party import About, Party, learn_density, open_party, write_party
 from eutectic.record import Record
 from eutectic.task import Arrays
@@ -178,10 +178,13 @@ class Run:
         for method in ("weighted_ensemble", "density_reuse_tempered"):
             for size in SIZES[method]:
                 yield from self.measure(method, size, lambda m=method, n=size: self._quick(m, shared, outputs, n))
-        for size in (0, *SIZES["density_reuse_tempered"]):
-            yield from self.measure("rkme", size, lambda: self._rkme(outputs)) if not size else ()
-        yield from self.measure("student", 0, lambda: self._student(reuse), unlabelled=ASIDE)
-        yield from self._hmr(reuse)
+        yield from self.measure("rkme", 0, lambda: self._rkme(outputs))
+        unlabelled = self.data.aside.inputs
+        yield from self.measure("student", 0, lambda: self._student(reuse, unlabelled), unlabelled=ASIDE)
+        yield from self.measure(
+            "student of draws", 0, lambda: self._student(reuse, reuse.draw(20_000, self.seed)), drawn=20_000
+        )
+        yield from self._hmr()
         for method in ("density_reuse_joint", "density_reuse_mpce"):
             for size in SIZES[method]:
                 yield from self.measure(method, size, lambda m=method, n=size: self._trained(m, n))
@@ -201,16 +204,17 @@ class Run:
         embeddings = []
         for party in SPLITS[self.split]:
             embeddings.append(_rkme.embed(SPACE.into(share(self.data, party).inputs), points=10, seed=self.seed))
-        chosen = _rkme.route(embeddings, SPACE.into(self.data.test.inputs), seed=self.seed)
+        chosen = _rkme.route(embeddings, SPACE.into(self.data.test.inputs))
         return outputs.log_p_KBC[chosen, torch.arange(len(chosen))]
 
-    def _student(self, reuse: Ensemble) -> Tensor:
+    def _student(self, reuse: Ensemble, inputs: Tensor) -> Tensor:
         network = NETWORKS[0].build((1, 28, 28), len(self.union.classes)).to(memory_format=torch.channels_last)
-        distil(reuse, network, self.data.aside.inputs, training(ASIDE, self.seed, 30))
+        normalised = Classifier(network, PIXELS, (1, 28, 28))
+        distil(reuse, normalised, inputs, training(len(inputs), self.seed, 30 * ASIDE / len(inputs)))
         with torch.no_grad():
-            return torch.cat([network(batch) for batch in self.data.test.inputs.split(512)])
+            return torch.cat([normalised(batch) for batch in self.data.test.inputs.split(512)])
 
-    def _hmr(self, reuse: Ensemble) -> Iterator[Record]:
+    def _hmr(self) -> Iterator[Record]:
         """Rounds of exchanges, to 100 and 300 examples in all."""
         if all(("hmr", self.split, self.seed, size) in self.done for size in (100, 300)):
             return

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.ensemble.parties import about_of, digits, party
 
 from eutectic import errors
 from eutectic.ensemble._networks import MLP, Classifier, Normalisation, ResNet
 from eutectic.ensemble._party import About, Party, learn_density, open_party, write_party
-from tests.ensemble.parties import about_of, digits, party
 
 
 @pytest.fixture

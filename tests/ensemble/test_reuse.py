@@ -6,21 +6,21 @@ import json
 import numpy as np
 import pytest
 import torch
+from tests.ensemble.parties import digits, parties, party
 from typer.testing import CliRunner
 
 import eutectic as eu
 from eutectic import cli, errors, registry
 from eutectic.ensemble import _calibration
 from eutectic.ensemble._density import Flat
-from eutectic.ensemble._ensemble import Ensemble, Outputs
+from eutectic.ensemble._ensemble import Outputs
 from eutectic.ensemble._gaussians import GaussianMixture
 from eutectic.ensemble._networks import MLP
 from eutectic.ensemble._party import About, Party, write_party
 from eutectic.ensemble._predictions import mixture
 from eutectic.task import Task
-from tests.ensemble.parties import digits, parties, party
 
-FITTED = [name for name in registry.names("ensemble") if Ensemble(name, {"one": party("one")}).rule.fit]
+FITTED = [name for name in registry.names("ensemble") if registry.get("ensemble", name)().fit]
 FAST = {"density_reuse_joint": {"steps": 5}, "density_reuse_mpce": {"steps": 5}}
 
 

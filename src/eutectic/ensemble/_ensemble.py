@@ -122,6 +122,19 @@ class Ensemble(nn.Module):
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
+    def draw(self, n: int, seed: int = 0) -> Tensor:
+        """Inputs ``[n, *shape]`` that nobody had: of parties by their shares, each from its density.
+
+        Raises CheckpointError for a party without density.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.multinomial(self.log_priors.exp(), n, replacement=True, generator=generator).bincount(
+            minlength=len(self.parties)
+        )
+        drawn = [party.draw(int(count), generator) for party, count in zip(self.parties.values(), counts, strict=True)]
+        return torch.cat(drawn)[torch.randperm(n, generator=generator)]
+
+    @torch.no_grad()
     def outputs_of(self, inputs: Tensor, batch_size: int = 512) -> Outputs:
         """``outputs`` of many inputs, without gradients."""
         found = [self.outputs(batch) for batch in inputs.split(batch_size)]

@@ -80,12 +80,19 @@ class Party:
         return self.classifier(inputs).float().log_softmax(1)
 
     def log_density(self, inputs: Tensor) -> Tensor:
-        """Log p(x), ``[B]``, in nats.  Raises CheckpointError if it has none."""
+        """Log p(x), ``[B]``, in nats.  Raises CheckpointError if it has no density."""
+        density, space = self._density()
+        return density.log_prob(space.into(inputs))
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """Inputs ``[n, *shape]`` from its density.  Raises CheckpointError if it has none."""
+        density, space = self._density()
+        return space.back(density.sample(n, generator), self.about.shape)
+
+    def _density(self) -> tuple[Density, Space]:
         if self.density is None or self.about.space is None:
-            raise CheckpointError(
-                f"{self.origin}: has no density model; train one, or combine by mean_ensemble or max_ensemble"
-            )
-        return self.density.log_prob(self.about.space.into(inputs))
+            raise CheckpointError(f"{self.origin}: has no density model; train one, or combine by mean_ensemble")
+        return self.density, self.about.space
 
     def fingerprints(self) -> dict[str, str]:
         """The content hashes of its models."""
