@@ -162,8 +162,8 @@ class Run:
             parameters={"examples": size, **parameters},
         )
 
-    def all(self) -> Iterator[Record]:
-        """Everything, cheapest first."""
+    def all(self, quick: bool) -> Iterator[Record]:
+        """Everything, cheapest first; if it has to be quick, only what trains nothing."""
         test = self.data.test.inputs
         reuse = Ensemble("density_reuse", self.parties())
         outputs = reuse.outputs_of(test)
@@ -179,6 +179,8 @@ class Run:
             for size in SIZES[method]:
                 yield from self.measure(method, size, lambda m=method, n=size: self._quick(m, shared, outputs, n))
         yield from self.measure("rkme", 0, lambda: self._rkme(outputs))
+        if quick:
+            return
         unlabelled = self.data.aside.inputs
         yield from self.measure("student", 0, lambda: self._student(reuse, unlabelled), unlabelled=ASIDE)
         yield from self.measure(
@@ -225,6 +227,38 @@ class Run:
             yield from self.measure("hmr", size, lambda: exchange.predict(self.data.test.inputs))
 
 
+def plot(path: Path) -> None:
+    """Draw accuracy against the number of shared labelled examples, a panel for each split, as an SVG; needs matplotlib."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for one in record.load(RESULTS):
+        sizes = found.setdefault(one.task, {}).setdefault(one.method, {})
+        sizes.setdefault(one.parameters["examples"], []).append(100 * one.value)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "reuse", "font.size": 8}):
+        figure = Figure(figsize=(9, 2.8), layout="constrained")
+        for axes, split in zip(figure.subplots(1, 4), PUBLISHED, strict=True):
+            lines = found.get(split, {})
+            for method in (*SIZES, "hmr"):
+                start = lines.get("max_ensemble" if method == "hmr" else "density_reuse", {})
+                if method != "weighted_ensemble" and method in lines:
+                    points = sorted({**start, **lines[method]}.items())
+                    axes.plot(
+                        [10 if n == 0 else n for n, _ in points],
+                        [float(np.mean(v)) for _, v in points],
+                        "o-",
+                        ms=3,
+                        label=method,
+                    )
+            axes.axhline(100 * PUBLISHED[split], color="grey", linestyle=":", linewidth=1, label="published, none")
+            axes.set(title=split, xscale="log", xlabel="examples (10: none)")
+            axes.grid(alpha=0.3)
+        figure.axes[0].set_ylabel("accuracy, %")
+        figure.axes[-1].legend(fontsize=6)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
 class _Known(Ensemble):
     """An ensemble whose parties' outputs on the shared examples are known already."""
 
@@ -239,12 +273,18 @@ class _Known(Ensemble):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path)
     parser.add_argument("--seed", type=int, action="append")
     parser.add_argument("--split", action="append", choices=list(SPLITS))
-    parser.add_argument("--only", choices=["train"])
+    parser.add_argument("--only", choices=["train", "quick"], help="quick: what trains nothing but parties")
+    parser.add_argument("--plot", type=Path, help="draw the records there are, and stop")
     given = parser.parse_args(arguments)
+    if given.plot:
+        plot(given.plot)
+        return
+    if given.data is None or given.work is None:
+        parser.error("--data and --work are needed to measure")
     for seed in given.seed or [0]:
         data = load(given.data, seed)
         for split in given.split or list(SPLITS):
@@ -258,11 +298,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         file=sys.stderr,
                         flush=True,
                     )
-            if given.only:
+            if given.only == "train":
                 continue
             there = list(record.load(RESULTS)) if RESULTS.exists() else []
             done = {(r.method, r.task, r.seed, r.parameters["examples"]) for r in there}
-            for found in Run(data, split, seed, folder, done).all():
+            for found in Run(data, split, seed, folder, done).all(given.only == "quick"):
                 record.append(RESULTS, [found])
                 print(f"{split} {found.method:24} {found.parameters['examples']:5} {100 * found.value:.2f}", flush=True)
 
