@@ -41,12 +41,12 @@ def _sum(start, expert, base):
 
 
 @pytest.mark.slow
-def test_negating_a_task_forgets_it_and_keeps_others(mini):
+def test_negating_a_task_forgets_it_and_keeps_what_is_unlike_it(mini):
     recipe = load(EDITS / "negate.yaml")
     network = mini.backbone()
-    tasks = {name: mini.task(name) for name in ("letters", "mnist", "digits8")}
+    tasks = {name: mini.task(name) for name in ("animals", "mnist", "fashion")}
     before = {name: task.score(network).value for name, task in tasks.items()}
     filled(network, suite_recipe(recipe))
-    after = {name: task.score(network).value for name, task in tasks.items()}
-    assert after["letters"] <= before["letters"]
-    assert all(after[name] >= before[name] - 0.01 for name in ("mnist", "digits8"))
+    lost = {name: before[name] - task.score(network).value for name, task in tasks.items()}
+    assert lost["animals"] > 0.03
+    assert max(lost["mnist"], lost["fashion"]) < 0.015

@@ -33,6 +33,13 @@ def test_a_folder_says_what_the_party_says(folder):
     ]
 
 
+def test_a_folder_is_replaced_only_if_that_is_asked_for(folder):
+    with pytest.raises(errors.OutputError, match="exists already"):
+        write_party(party("one"), folder)
+    write_party(party("one"), folder, replace=True)
+    assert open_party(folder).about.classes == party("one").about.classes
+
+
 def test_no_image_of_the_party_is_in_its_folder(folder):
     images, _ = digits("train")
     about = about_of("two")
