@@ -13,7 +13,7 @@ import eutectic as eu
 from eutectic import cli, errors, registry
 from eutectic.ensemble import _calibration
 from eutectic.ensemble._density import Flat
-from eutectic.ensemble._ensemble import Outputs
+from eutectic.ensemble._ensemble import Ensemble, Outputs
 from eutectic.ensemble._gaussians import GaussianMixture
 from eutectic.ensemble._networks import MLP
 from eutectic.ensemble._party import About, Party, write_party
@@ -275,6 +275,13 @@ def test_recipes_that_say_something_impossible(workshop, tmp_path, method, more,
 def test_other_folders_are_not_scored_by_data(tmp_path):
     with pytest.raises(errors.CheckpointError, match="is no ensemble"):
         run("eval", tmp_path, "--data", npz(tmp_path / "x.npz", "test"))
+
+
+def test_a_rule_that_was_not_fitted_says_so():
+    for method in ("weighted_ensemble", "density_reuse_tempered"):
+        unfitted = Ensemble(method, parties())
+        with pytest.raises(errors.TaskError, match=f"{method} has not been fitted"):
+            unfitted(digits("test")[0][:2])
 
 
 def test_a_folder_that_was_tampered_with_is_refused(workshop, tmp_path):

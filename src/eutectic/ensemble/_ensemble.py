@@ -43,12 +43,13 @@ class Combination:
 
     ``combine`` gives log p(y | x) ``[B, C]``, up to a constant for each sample.  ``fit``, of a rule that has one, learns small
     tensors for it from examples, and may go on training the parties' models, in place.  ``densities``: whether it asks who
-    knows an input.
+    knows an input; ``tensors``: the names of what ``combine`` needs fitted.
     """
 
     combine: Callable[[Outputs, Fitted], Tensor]
     fit: Callable[[Ensemble, Examples, int, Progress], Fitted] | None = None
     densities: bool = False
+    tensors: tuple[str, ...] = ()
 
 
 class Ensemble(nn.Module):
@@ -104,7 +105,11 @@ class Ensemble(nn.Module):
         return Outputs(log_p, log_weights)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """See the class."""
+        """See the class.  Raises TaskError if the rule has yet to be fitted."""
+        if not set(self.rule.tensors) <= self.fitted.keys():
+            raise TaskError(
+                f"{self.method} has not been fitted, or what it was fitted to is missing: give `examples`, fit anew"
+            )
         return self.rule.combine(self.outputs(inputs), self.fitted).log_softmax(1)
 
     def fit(self, examples: Examples | None, seed: int = 0, progress: Progress = silent) -> None:

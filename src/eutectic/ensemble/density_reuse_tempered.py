@@ -35,4 +35,4 @@ def density_reuse_tempered(strength: Positive = 10.0) -> Combination:
     def combine(outputs: Outputs, fitted: Fitted) -> Tensor:
         return joint(tempered(outputs, fitted["log_priors"], fitted["exponent"], fitted["bias"]))
 
-    return Combination(combine, fit, densities=True)
+    return Combination(combine, fit, densities=True, tensors=("exponent", "bias", "log_priors"))

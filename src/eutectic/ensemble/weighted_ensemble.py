@@ -21,4 +21,4 @@ def weighted_ensemble() -> Combination:
     def fit(ensemble: Ensemble, examples: Examples, seed: int, progress: Progress) -> Fitted:
         return {"log_weights": fit_weights(ensemble.outputs_of(examples.inputs).log_p_KBC, examples.labels)}
 
-    return Combination(lambda outputs, fitted: mixture(fitted["log_weights"], outputs.log_p_KBC), fit)
+    return Combination(lambda outputs, fitted: mixture(fitted["log_weights"], outputs.log_p_KBC), fit, tensors=("log_weights",))
