@@ -221,7 +221,12 @@ class Run:
         if all(("hmr", self.split, self.seed, size) in self.done for size in (100, 300)):
             return
         shares = [share(self.data, party) for party in SPLITS[self.split]]
-        exchange = _hmr.Exchange(list(self.parties().values()), self.union, shares, self.seed)
+
+        def train(classifier: nn.Module, own: Arrays) -> None:
+            steps = max(20, len(own) // BATCH)
+            fine_tune(classifier, nn.Identity(), own, Training(steps, 1e-3, BATCH, seed=self.seed))
+
+        exchange = _hmr.Exchange(list(self.parties().values()), self.union, shares, self.seed, train)
         for size, more in ((100, 100), (300, 200)):
             exchange.round(more)
             yield from self.measure("hmr", size, lambda: exchange.predict(self.data.test.inputs))

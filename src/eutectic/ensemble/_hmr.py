@@ -8,7 +8,7 @@ patience, so it is no recipe.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from eutectic.ensemble._party import Party
 from eutectic.ensemble._predictions import Union
 from eutectic.errors import LayoutError
 from eutectic.task import Arrays
-from eutectic.tuning.trainer import Training, fine_tune
+
+#: trains a party's classifier for one epoch, in place
+Train = Callable[[nn.Module, Arrays], None]
 
 
 def with_reserved(network: nn.Module) -> None:
@@ -37,12 +39,15 @@ def with_reserved(network: nn.Module) -> None:
 
 
 class Exchange:
-    """Parties that train on while they exchange examples; ``shares`` are their own data, labelled among their own classes."""
+    """Parties that train on while they exchange examples; ``shares`` are their own data, labelled among their own classes.
 
-    def __init__(self, parties: Sequence[Party], union: Union, shares: Sequence[Arrays], seed: int, lr: float = 1e-3) -> None:
+    ``train`` is how they do: for one epoch, in place.
+    """
+
+    def __init__(self, parties: Sequence[Party], union: Union, shares: Sequence[Arrays], seed: int, train: Train) -> None:
         """Every party gets a reserved class."""
-        self.parties, self.union, self.shares, self.lr = parties, union, shares, lr
-        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
+        self.parties, self.union, self.shares, self.train = parties, union, shares, train
+        self.generator = torch.Generator().manual_seed(seed)
         self.received: list[list[tuple[Tensor, int]]] = [[] for _ in parties]
         for party in parties:
             with_reserved(party.classifier.network)
@@ -88,5 +93,4 @@ class Exchange:
         labels = torch.tensor([label for _, label in got]).repeat(repeat)
         together = Arrays(torch.cat([share.inputs, inputs]), torch.cat([share.labels, labels]))
         party.classifier.requires_grad_(True)
-        training = Training(steps=max(20, len(together) // 128), lr=self.lr, batch_size=128, seed=self.seed)
-        fine_tune(party.classifier, nn.Identity(), together, training)
+        self.train(party.classifier, together)
