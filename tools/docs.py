@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
@@ -20,7 +21,7 @@ RESULTS = DOCS.parent / "benchmarks" / "results"
 def methods_page() -> str:
     """Every registered method: its docstring, parameters and source."""
     parts = ["# Methods\n\nWritten by `make docs` from the docstrings.  `eutectic methods NAME` prints the same.\n"]
-    for room, title in (("methods", "Closed form"), ("fusion", "Fitted to data")):
+    for room, title in (("methods", "Closed form"), ("fusion", "Fitted to data"), ("ensemble", "Predictions combined")):
         parts.append(f"# {title}\n")
         for name in registry.names(room):
             doc, source = inspect.getdoc(registry.get(room, name)) or "", registry.reference(room, name)
@@ -108,6 +109,44 @@ def _with_interval(r: record.Record) -> str:
     return f"{r.value:.{digits}f} ({r.low:.{digits}f}–{r.high:.{digits}f})"
 
 
+def reuse_page() -> str:
+    """Networks that cannot be merged, combined: accuracy on each split, against what was published."""
+    parts = [
+        "# Networks that cannot be merged: results\n\n"
+        "Written by `make docs` from `benchmarks/results/reuse.jsonl`, which `benchmarks/reuse.py` makes; `reuse.md` says\n"
+        "what the rules are.  Accuracy on the 10,000 test images of Fashion-MNIST in percent, ± its standard deviation over\n"
+        "seeds where there are several.  `examples` counts labelled images that the parties share, or, of `hmr`, those looked\n"
+        "at for an exchange.  One image more or less is 0.01; the 95 % interval of one number is about ± 0.6.\n"
+    ]
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for one in record.load(RESULTS / "reuse.jsonl"):
+        name = "one party, the best" if one.method.startswith("individual") and one.task != "all" else one.method
+        found.setdefault((name, one.parameters["examples"]), {}).setdefault(one.task, []).append(100 * one.value)
+    seeds = {(one.task, one.seed) for one in record.load(RESULTS / "reuse.jsonl")}
+    said = ", ".join(f"{split}: {sum(task == split for task, _ in seeds)}" for split in "ABCD")
+    parts.append(f"Seeds of each split: {said}.\n")
+    lines = ["| rule | examples | A | B | C | D |", "|---|---:|---:|---:|---:|---:|"]
+    for (name, size), cells in found.items():
+        if "all" not in cells:
+            shown = [
+                _spread(cells.get(split, []), max if name.startswith("one party") else statistics.mean) for split in "ABCD"
+            ]
+            lines.append(f"| {name} | {size or ''} | {' | '.join(shown)} |")
+    lines.append("| *published, no exchange* | | 91.3 | 88.4 | 84.6 | 84.8 |")
+    parts.append("\n".join(lines) + "\n")
+    whole = [value for cells in found.values() for value in cells.get("all", [])]
+    if whole:
+        parts.append(f"One network of all data: {_spread(whole, statistics.mean)}.\n")
+    return "\n".join(parts)
+
+
+def _spread(values: list[float], middle: Callable[[list[float]], float]) -> str:
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 and middle is statistics.mean else ""
+    return f"{middle(values):.2f}{deviation}"
+
+
 def cli_page() -> str:
     """The help of every command."""
     parts = ["# Command line\n\nWritten by `make docs` from `--help`.\n"]
@@ -128,6 +167,7 @@ def main() -> int:
     """Write the pages, or compare them."""
     stale = 0
     pages = {"methods.md": methods_page(), "cli.md": cli_page(), "fitted.md": fitted_page(), "language.md": language_page()}
+    pages["reuse-results.md"] = reuse_page()
     for name, text in pages.items():
         path = DOCS / name
         if "--check" not in sys.argv:

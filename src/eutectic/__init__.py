@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eutectic.bench.evaluate import evaluate as evaluate
+    from eutectic.bench.loading import load as load
+    from eutectic.bench.loading import save as save
     from eutectic.bench.zoo import open_suite as open_suite
     from eutectic.checkpoint.base import Checkpoint as Checkpoint
+    from eutectic.ensemble._api import combine as combine
     from eutectic.errors import EutecticError as EutecticError
     from eutectic.fusion._api import fuse as fuse
-    from eutectic.fusion._folder import load as load
-    from eutectic.fusion._folder import save as save
     from eutectic.merge.api import diff as diff
     from eutectic.merge.api import merge as merge
     from eutectic.merge.api import merge_adapters as merge_adapters
@@ -32,15 +33,16 @@ _HOMES = {
     "Recipe": "merge.recipe",
     "Record": "record",
     "Task": "task",
+    "combine": "ensemble._api",
     "diff": "merge.api",
     "evaluate": "bench.evaluate",
     "fuse": "fusion._api",
-    "load": "fusion._folder",
+    "load": "bench.loading",
     "merge": "merge.api",
     "merge_adapters": "merge.api",
     "open": "merge.api",
     "open_suite": "bench.zoo",
-    "save": "fusion._folder",
+    "save": "bench.loading",
     "state_dict": "merge.api",
     "tune": "tuning.experts",
 }

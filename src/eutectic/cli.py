@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from eutectic.bench.evaluate import Choice
     from eutectic.merge.adapters import Fused
     from eutectic.merge.compose import Composed
-    from eutectic.merge.recipe import AnyRecipe
+    from eutectic.merge.recipe import AnyRecipe, Recipe
     from eutectic.merge.view import Merged
     from eutectic.record import Record
 
@@ -171,7 +171,8 @@ def fuse(
 ) -> None:
     """Fit RECIPE's method to unlabelled inputs and write a Hugging Face folder OUT, with the artefact of the fit in it.
 
-    A fit that was stopped is carried on by the same command.  Under torchrun its processes share each batch.
+    A rule that combines predictions writes its parties instead, and what it learned.  Another fit that was stopped is carried
+    on by the same command.  Under torchrun its processes share each batch.
     """
     import shutil
 
@@ -187,6 +188,9 @@ def fuse(
     parsed = load(recipe)
     if not isinstance(parsed, Recipe):
         raise EutecticError(f"{recipe}: is in mergekit's schema, which has no methods that are fitted: use `eutectic merge`")
+    if parsed.is_ensemble:
+        _fuse_parties(parsed, recipe.parent, out, force)
+        return
     if out.exists() and not force:
         raise EutecticError(f"{out}: exists already. Choose another path, or pass --force.")
     try:
@@ -215,6 +219,15 @@ def fuse(
         run.save(merged, out, replace=force, recipe=parsed, progress=progress, attach=attach)
     shutil.rmtree(begun, ignore_errors=True)
     print(f"{out}: {merged.method} of {len(merged.experts)} expert(s)")
+
+
+def _fuse_parties(recipe: Recipe, folder: Path, out: Path, force: bool) -> None:
+    from eutectic.ensemble import _api as ensembles
+
+    with _bar() as progress:
+        found = ensembles.fuse_recipe(recipe, folder, progress)
+    ensembles.save_ensemble(found, out, replace=force, recipe=recipe)
+    print(f"{out}: {found.method} of {len(found.parties)} parties over {len(found.classes)} classes")
 
 
 @app.command()
@@ -268,7 +281,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show one method in 
         for key, field in signature_model(name).model_json_schema()["properties"].items():
             print(f"  {key}: {', '.join(f'{k} {v}' for k, v in field.items() if k != 'title')}")
         return
-    for room in ("methods", "fusion"):
+    for room in registry.ROOMS:
         for known in registry.names(room):
             print(f"{known:24} {(inspect.getdoc(registry.get(room, known)) or '').splitlines()[0]}")
 
@@ -289,24 +302,35 @@ def evaluate(
     suite: SuiteName = "mini",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON record a line.")] = False,
     split: Annotated[str, typer.Option(help="Which split to score.")] = "test",
+    data: Annotated[Path | None, typer.Option(help="Of an ensemble: score it on this .npz, and no suite.")] = None,
     routing: Annotated[
         Path | None,
         typer.Option(help="Of a mixture: write which experts each task uses here, as an SVG, and as JSON beside it."),
     ] = None,
 ) -> None:
     """Score MODEL on the tasks of a suite."""
-    from eutectic import record
     from eutectic.bench import evaluate as scoring
     from eutectic.bench.tuned import loaded
     from eutectic.bench.zoo import open_suite
     from eutectic.checkpoint.hashed import fingerprint
 
+    if data is not None:
+        from eutectic.bench.loading import score_ensemble
+
+        _print_scores(score_ensemble(model, data, split), json)
+        return
     opened = open_suite(suite)
     network, weights = loaded(opened, model)
     if routing is not None:
         _report_routing(network, opened, split, routing)
     fields = scoring.fields_of(model) | {"suite": opened.name, "inputs": {"model": fingerprint(weights)}}
     records = scoring.evaluate(network, opened.tasks, split=split, **fields)
+    _print_scores(records, json)
+
+
+def _print_scores(records: list[Record], json: bool) -> None:
+    from eutectic import record
+
     if json:
         for found in records:
             print(found.to_json())

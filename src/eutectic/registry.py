@@ -21,6 +21,9 @@ from typing import Any
 
 from eutectic.errors import UnknownNameError, did_you_mean
 
+#: the rooms that have methods: closed forms, what is fitted or keeps its experts, and what combines predictions
+ROOMS = ("methods", "fusion", "ensemble")
+
 
 @functools.cache
 def names(room: str) -> dict[str, str]:
@@ -38,8 +41,8 @@ def names(room: str) -> dict[str, str]:
 
 
 def room_of(name: str) -> str:
-    """The room that has a method: ``methods`` for closed forms, ``fusion`` for what is fitted.  Raises UnknownNameError."""
-    known = {known: room for room in ("methods", "fusion") for known in names(room)}
+    """The room that has a method: ``methods``, ``fusion`` or ``ensemble``.  Raises UnknownNameError."""
+    known = {known: room for room in ROOMS for known in names(room)}
     if name not in known:
         raise UnknownNameError(f"no method is called {name!r}.{did_you_mean(name, known)}")
     return known[name]

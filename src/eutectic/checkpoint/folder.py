@@ -20,8 +20,8 @@ from eutectic.checkpoint.writer import explained
 from eutectic.errors import CheckpointError, MissingDependencyError
 
 _INDEX = ".safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_PICKLE_ADVICE = "Pickles can run code and are never opened; convert the weights to safetensors first."
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_ADVICE = "Pickles can run code and are never opened; convert the weights to safetensors first."
 
 #: what a merged model takes over from its base, where there; no code and no weights are among it
 SIDE_FILES = (
@@ -48,8 +48,8 @@ def open_path(path: str | Path) -> Checkpoint:
         return Sharded(path)
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
-    if path.suffix in _PICKLES:
-        raise CheckpointError(f"{path}: is a pickle. {_PICKLE_ADVICE}")
+    if path.suffix in PICKLES:
+        raise CheckpointError(f"{path}: is a pickle. {PICKLE_ADVICE}")
     raise CheckpointError(f"{path}: is neither a folder nor a .safetensors file. Give one of these.")
 
 
@@ -168,9 +168,9 @@ def _weights_file(folder: Path, names: list[str]) -> str:
     if chosen:
         listed = ", ".join(chosen[:5]) + (" …" if len(chosen) > 5 else "")
         raise CheckpointError(f"{folder}: holds {len(chosen)} candidates ({listed}). Open the one you mean by its own path.")
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
-        raise CheckpointError(f"{folder}: holds only pickled weights ({pickles[0]}). {_PICKLE_ADVICE}")
+        raise CheckpointError(f"{folder}: holds only pickled weights ({pickles[0]}). {PICKLE_ADVICE}")
     raise CheckpointError(f"{folder}: {'holds no .safetensors file' if names else 'is empty'}. Check the path.")
 
 

@@ -19,7 +19,7 @@ from eutectic.errors import ClusterError, DiskFullError, OutputError
 
 _JOURNAL = ".journal"
 #: one of these shows that a folder holds a model, and may be replaced by another
-_MODEL = ("eutectic.json", "config.json", "*.safetensors")
+_MODEL = ("eutectic.json", "config.json", "party.json", "*.safetensors")
 
 
 @contextmanager

@@ -52,6 +52,8 @@ class Recipe(pydantic.BaseModel):
     ``tokenizer`` gives models of several vocabularies one; ``chat_template`` is ``auto``, a built-in's name or a template.
     A method that is fitted to data has ``tasks``, a suite's name or folder, unless it has a ``suite``; or the ``artefact`` of
     an earlier fit, a folder.
+    For rules that combine predictions the experts are folders of parties; ``examples``, an ``.npz``, has labelled examples that
+    they share.
     With ``output: adapter`` the experts are PEFT folders, and so is the result: merged in a ``space``, core by default, and of
     ``rank`` at most.
     """
@@ -70,6 +72,7 @@ class Recipe(pydantic.BaseModel):
     chat_template: str | None = None
     tasks: str | None = None
     artefact: str | None = None
+    examples: str | None = None
     output: Literal["adapter"] | None = None
     space: SpaceName | None = None
     rank: Annotated[int, Field(ge=1)] | None = None
@@ -93,6 +96,11 @@ class Recipe(pydantic.BaseModel):
     def is_fitted(self) -> bool:
         """Whether the method is fitted to data, or has been."""
         return registry.room_of(self.method) == "fusion"
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether the method combines predictions, and not weights."""
+        return registry.room_of(self.method) == "ensemble"
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -123,7 +131,7 @@ class Recipe(pydantic.BaseModel):
             override["parameters"] = {key: given[key] for key in override["parameters"]}
         data["experts"] = list(data["experts"].items())
         # left out where they say nothing, so that older recipes keep their hashes
-        late = ("tokenizer", "chat_template", "tasks", "artefact", "output", "space", "rank")
+        late = ("tokenizer", "chat_template", "tasks", "artefact", "examples", "output", "space", "rank")
         data = {key: value for key, value in data.items() if value is not None or key not in late}
         return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
@@ -237,6 +245,16 @@ def _check_method(recipe: Recipe, data: CommentedMap, source: str) -> None:
         fitted = recipe.is_fitted
     except UnknownNameError as error:
         raise UnknownNameError(f"{source}:{line_of(data, ['method'])}: {error}") from None
+    ensemble = recipe.is_ensemble
+    for key in ("base", "suite", "overrides", "dtype", "tokenizer", "chat_template", "output", "space", "rank"):
+        if ensemble and getattr(recipe, key):
+            raise RecipeError(
+                f"{source}:{line_of(data, [key])}: {recipe.method} combines predictions, not weights: leave out `{key}`"
+            )
+    if recipe.examples is not None and not ensemble:
+        raise RecipeError(
+            f"{source}:{line_of(data, ['examples'])}: {recipe.method} takes no labelled examples: leave out `examples`"
+        )
     keeps = "keeps what the base has"
     for key, why in (
         ("overrides", "fits each tensor by itself"),

@@ -57,6 +57,8 @@ def merged_from(recipe: Recipe | MergekitRecipe, folder: Path = Path()) -> Merge
         return recipe.open(folder)
     if recipe.suite is not None:
         raise RecipeError(f"the recipe names the suite {recipe.suite!r}; it is opened by `eutectic`, not by the merge engine")
+    if recipe.is_ensemble:
+        raise RecipeError(f"{recipe.method} combines predictions: `eutectic fuse` runs the recipe")
     if recipe.is_fitted:
         raise RecipeError(f"{recipe.method} is fitted to data: `eutectic fuse` does so, or names an `artefact`")
     if recipe.output is not None:
@@ -296,7 +298,7 @@ def recipe_of(merged: Merged) -> Recipe:
 
 def _card(title: str, recipe: AnyRecipe, checkpoint: Checkpoint, sources: Mapping[str, Checkpoint]) -> str:
     ran = [merged.method for merged in checkpoint.merges] if isinstance(checkpoint, Composed) else []
-    known = registry.names("methods") | registry.names("fusion")
+    known = {name for room in registry.ROOMS for name in registry.names(room)}
     return model_card(
         title=title,
         method=", ".join(recipe.methods),
