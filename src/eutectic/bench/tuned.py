@@ -24,7 +24,7 @@ from eutectic.checkpoint.save import Progress, silent
 from eutectic.checkpoint.views import Cast
 from eutectic.errors import NonFiniteError
 from eutectic.fusion._folder import layers_of
-from eutectic.fusion._routing import Description
+from eutectic.fusion._routed import Description
 from eutectic.merge.api import state_dict
 from eutectic.record import Record
 from eutectic.tuning.experts import RATES, is_tangent, tune_into
