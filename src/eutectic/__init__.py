@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from eutectic.merge.api import state_dict as state_dict
     from eutectic.merge.recipe import Recipe as Recipe
     from eutectic.record import Record as Record
+    from eutectic.security.audit import audit as audit
     from eutectic.task import Task as Task
 
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "Recipe": "merge.recipe",
     "Record": "record",
     "Task": "task",
+    "audit": "security.audit",
     "diff": "merge.api",
     "evaluate": "bench.evaluate",
     "fuse": "fusion._api",
