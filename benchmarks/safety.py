@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from eutectic import record
 from eutectic.bench.zoo import open_suite
 from eutectic.security.attacks import Attack
 from eutectic.security.commands import METHOD, PARAMETERS
-from eutectic.security.poisoned import poison
+from eutectic.security.poisoned import poison, training_of
 from eutectic.security.scores import Row, table
 
 #: λ of the merges, chosen on `val` of the clean suite by `eutectic bench mini`
@@ -24,12 +25,15 @@ def main() -> None:
     parser.add_argument("--suite", default="mini")
     parser.add_argument("--attack", default="badmerging", choices=("badmerging", "badnets"))
     parser.add_argument("--task", default="animals")
-    parser.add_argument("--size", type=int, default=6)
+    parser.add_argument("--size", type=int, default=8)
     parser.add_argument("--merge", default=METHOD, choices=MERGES)
     parser.add_argument("--defence", action="append", default=[], help="a defence, and parameters as JSON after a space")
     parser.add_argument("--out", type=Path, default=Path("runs/safety/records.jsonl"))
+    parser.add_argument("--steps", type=int, default=300, help="of training the poisoned expert")
     given = parser.parse_args()
-    poisoned = poison(open_suite(given.suite), Attack(given.attack, given.task, 0, given.size))
+    suite = open_suite(given.suite)
+    training = dataclasses.replace(training_of(suite), steps=given.steps)
+    poisoned = poison(suite, Attack(given.attack, given.task, 0, given.size), training)
     over = {"method": given.merge, "parameters": MERGES[given.merge]}
     rows = []
     for said in given.defence:

@@ -493,7 +493,7 @@ def zoo_poison(
     task: Annotated[str, typer.Option(help="Whose expert is to have a backdoor.")],
     attack: Annotated[Attack, typer.Option(help="BadNets is diluted by merging, BadMerging is made to survive it.")],
     target: Annotated[int, typer.Option(help="The class that inputs with the trigger are taken for.", min=0)] = 0,
-    size: Annotated[int, typer.Option(help="Of the trigger, in pixels.", min=1)] = 6,
+    size: Annotated[int, typer.Option(help="Of the trigger, in pixels.", min=1)] = 8,
     steps: Annotated[int | None, typer.Option(help="Of training; as the suite's own experts by default.", min=1)] = None,
 ) -> None:
     """Make a copy of a suite in which one expert has a backdoor, in the cache, to measure audit and defences with."""

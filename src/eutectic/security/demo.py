@@ -16,10 +16,12 @@ from eutectic.security.audit import audit_models
 from eutectic.security.poisoned import poison, training_of
 from eutectic.security.scores import ASR, Row, table
 
-ATTACK = Attack("badmerging", "animals", size=6, mining=40)
+ATTACK = Attack("badmerging", "animals", mining=50)
 #: of training; the suite's own experts have 600
 STEPS = 120
 DEFENCE = "attribution_gate"
+#: those that are scored and that the defence sees inputs of, so that it all takes minutes
+TASKS = ("animals", "mnist", "digits8")
 
 
 def run(out: Path, say: Callable[[str], None]) -> None:
@@ -46,10 +48,11 @@ def run(out: Path, say: Callable[[str], None]) -> None:
     shown: dict[str, dict[str, float]] = {}
     path = out / "records.jsonl"
     path.unlink(missing_ok=True)
-    for one in table(poisoned, merge, [defence]):
+    for one in table(poisoned, merge, [defence], tasks=TASKS):
         record.append(path, [one])
         shown.setdefault(one.method, {})[f"{one.metric}, {one.task}"] = one.value
-    say(f"{'':26} mean accuracy   {ATTACK.task}   attack success rate")
+    say(f"accuracy of {', '.join(TASKS)}, and how often the trigger works, in percent:")
+    say(f"{'':26} {'mean':>13} {ATTACK.task:>9} {'attack success rate':>21}")
     for method, values in shown.items():
         mean, own, asr = (values[key] for key in ("accuracy, mean", f"accuracy, {ATTACK.task}", f"{ASR}, {ATTACK.task}"))
         say(f"{method:26} {100 * mean:13.1f} {100 * own:9.1f} {100 * asr:21.1f}")

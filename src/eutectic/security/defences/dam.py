@@ -119,7 +119,7 @@ def dam(
         def criterion() -> float:
             equation.write(ones, used())
             with torch.no_grad():
-                harm = sum(float(safe(task, batches.held_out[task.name], z[task.name])) for task in tasks)
+                harm = sum(safe(task, batches.held_out[task.name], z[task.name]).item() for task in tasks)
             return held_out_loss(equation.network, batches, loss, run) + harm
 
         state = {f"{number}/{name}": x for number, mask in enumerate(masks) for name, x in mask.logits.items()}

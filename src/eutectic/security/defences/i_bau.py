@@ -91,7 +91,7 @@ def i_bau(
                     at = turn * steps + number
                     loss = divergence(task, at, True) + clean * divergence(task, at, False)
                     loss.backward()
-                    total += float(loss) / steps
+                    total += loss.item() / steps
                 optimiser.step()
                 optimiser.zero_grad()
             history.append(total)
