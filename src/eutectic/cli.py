@@ -416,18 +416,11 @@ def audit(
     Without tasks only the weights are screened.
     """
     from eutectic.security import commands
+    from eutectic.security.audit import Probing
 
+    probing = Probing(seed, tuple(mode or ["corners"]), steps)
     with _bar() as progress:
-        found = commands.audit(
-            recipe,
-            suite,
-            tasks,
-            tuple(task or ()),
-            modes=tuple(mode or ("corners",)),
-            steps=steps,
-            seed=seed,
-            progress=progress,
-        )
+        found = commands.audit(recipe, suite, tasks, task or [], probing=probing, progress=progress)
     _show_audit(found, out, json)
     raise typer.Exit(bool(found.suspects))
 

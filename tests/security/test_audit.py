@@ -14,11 +14,12 @@ from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.views import Lerp
 from eutectic.errors import LayoutError, RecipeError
 from eutectic.security import commands, report
-from eutectic.security.audit import PATH, difference
+from eutectic.security.audit import PATH, Probing, difference
 from eutectic.security.metrics import share
 from eutectic.security.screens import robust_z, screens
 from eutectic.task import Arrays, Task
 
+QUICK = Probing(steps=2, images=9)
 SIZES = {"train": 4, "val": 4, "adapt": 12, "test": 12}
 
 
@@ -29,7 +30,7 @@ def suite(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(suite):
-    return eu.audit(suite.backbone(), suite.experts(), tasks=suite.tasks, scale=0.3, steps=2, images=9)
+    return eu.audit(suite.backbone(), suite.experts(), tasks=suite.tasks, scale=0.3, probing=QUICK)
 
 
 def test_screens_see_an_amplified_expert_and_a_copy(suite):
@@ -77,7 +78,7 @@ def test_an_audit_says_what_it_probed_and_never_that_it_is_clean(found):
 
 
 def test_the_same_seed_gives_the_same_audit(suite, found):
-    again = eu.audit(suite.backbone(), suite.experts(), tasks=suite.tasks, scale=0.3, steps=2, images=9)
+    again = eu.audit(suite.backbone(), suite.experts(), tasks=suite.tasks, scale=0.3, probing=QUICK)
     assert report.to_json(again) == report.to_json(found)
 
 
@@ -104,7 +105,7 @@ def test_one_expert_that_is_the_base_gains_nothing(suite):
         adapt=Arrays(task.arrays("adapt").inputs, torch.zeros(12).long(), task.arrays("adapt").transform),
         pixels=task.pixels,
     )
-    found = eu.audit(suite.backbone(), {"letters": suite.base}, tasks=[two], steps=2, images=9)
+    found = eu.audit(suite.backbone(), {"letters": suite.base}, tasks=[two], probing=QUICK)
     assert [one.signal for one in found.screens["letters"]] == ["is the base itself"]
     for probe in found.probes:  # with two classes there may be no image that is taken for the other one
         assert probe.gain[0] == 0.0

@@ -13,7 +13,6 @@ from eutectic.merge.view import Merged
 from eutectic.security.audit import Probe
 from eutectic.security.defences import attribution_gate as gate_file
 from eutectic.security.defences import tbar as tbar_file
-from eutectic.security.defences.lfpm import _outside
 from eutectic.security.metrics import share
 from eutectic.security.miner import Mined
 from eutectic.security.triggers import patch
@@ -93,7 +92,7 @@ def test_what_a_trigger_teaches_is_taken_away(suite, models, suspicion, monkeypa
     assert looked[1][2] <= looked[0][2]  # unteaching a trigger does not make it work better
 
 
-LEARN = {"i_bau": {"rounds": 1, "inner": 1, "steps": 1}, "dam": {"steps": 1}, "lfpm": {"steps": 1}}
+LEARN = {"i_bau": {"rounds": 1, "inner": 1, "steps": 1}, "dam": {"steps": 1}}
 
 
 @pytest.mark.parametrize(("name", "some"), LEARN.items())
@@ -113,16 +112,6 @@ def test_defences_need_images(suite, models):
     for name in LEARN:
         with pytest.raises(TaskError, match="not known to be images"):
             fit(name, models, [blind], OVER | ({"steps": 1, "batch_size": 2}), Run())
-
-
-def test_the_clean_directions_are_left_out_of_what_lfpm_holds_down():
-    torch.manual_seed(0)
-    clean = torch.randn(40, 2, dtype=torch.float64) @ torch.randn(2, 8, dtype=torch.float64)
-    away = _outside(clean + 0.01 * torch.randn(40, 8, dtype=torch.float64))
-    directions = torch.linalg.svd(clean - clean.mean(0), full_matrices=False).Vh[:2]
-    assert torch.allclose(away @ away, away, atol=1e-10)  # a projection
-    assert (directions @ away).norm() < 0.05
-    assert torch.linalg.matrix_rank(away) == 6
 
 
 def test_both_masks_of_dam_have_the_gradient_of_autograd():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.checkpoint.views import Lerp
 from eutectic.errors import LayoutError, TaskError
+from eutectic.fusion._api import base_of
 from eutectic.fusion._folder import filled
 from eutectic.fusion._fusion import ModelSet
 from eutectic.merge.api import Source, open, state_dict
@@ -36,6 +37,20 @@ from eutectic.task import Score, Task
 PATH = (0.0, 0.1, 0.3, 0.6, 1.0)
 #: a gain is evidence where its 95 % interval lies above this
 EVIDENCE = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Probing:
+    """How hard to look: ``steps`` of mining triggers of some ``modes``, on ``images`` of each task's ``split`` at most."""
+
+    seed: int = 0
+    modes: tuple[str, ...] = ("corners",)
+    steps: int = 40
+    images: int = 72
+    split: str = "adapt"
+
+
+DEFAULT = Probing()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +128,7 @@ def audit(
     *,
     tasks: Sequence[Task],
     method: str = "task_arithmetic",
-    seed: int = 0,
-    modes: Sequence[str] = ("corners",),
-    steps: int = 40,
-    images: int = 72,
-    split: str = "adapt",
+    probing: Probing = DEFAULT,
     progress: Progress = silent,
     **parameters: Any,
 ) -> Audit:
@@ -128,11 +139,7 @@ def audit(
         experts: by name; a task's expert is the one of its name.
         tasks: those whose inputs triggers are mined on; without any, only the weights are screened.
         method: the merge that is audited, with its ``parameters``.
-        seed: fixes the result.
-        modes: of the triggers that are mined, among ``security.miner.MODES``.
-        steps: of the miner.
-        images: of each task, at most, a third of which triggers are judged on.  Labels are not looked at.
-        split: where the images come from.
+        probing: how hard to look, see ``Probing``.  Labels are not looked at; a third of the images judges the triggers.
         progress: is told (what, done, total).
         parameters: of the method.
 
@@ -141,20 +148,14 @@ def audit(
     opened = {name: open(source) for name, source in experts.items()}
     if not opened:
         raise LayoutError("audit: no experts were given; name at least 1")
-    known = {name for weights in opened.values() for name in weights.specs}
-    state = {name: tensor.detach().clone() for name, tensor in backbone.state_dict().items() if name in known}
-    base = Memory(state, origin=type(backbone).__name__)
+    base = base_of(backbone, opened)
     return audit_models(
         ModelSet(backbone, base, opened),
         tasks,
         lambda some: Merged(method, base, some, parameters),
-        said=f"{method} {parameters or ''}".strip(),
-        seed=seed,
-        modes=modes,
-        steps=steps,
-        images=images,
-        split=split,
-        progress=progress,
+        f"{method} {parameters or ''}".strip(),
+        probing,
+        progress,
     )
 
 
@@ -162,16 +163,11 @@ def audit_models(
     models: ModelSet,
     tasks: Sequence[Task],
     merge: Callable[[Mapping[str, Checkpoint]], Checkpoint],
-    *,
     said: str,
-    seed: int = 0,
-    modes: Sequence[str] = ("corners",),
-    steps: int = 40,
-    images: int = 72,
-    split: str = "adapt",
+    probing: Probing = DEFAULT,
     progress: Progress = silent,
 ) -> Audit:
-    """The same of models that are open, for any rule that merges some of the experts."""
+    """The same of models that are open, for any rule that merges them; ``said`` names it.  An expert may be θ₀ itself."""
     progress("screens", 0, len(tasks) + 1)
     screened = screens(models.base, models.experts)
     skipped = [] if len(models.experts) > 3 else ["screens have no z-scores: it takes 4 experts to see what stands out"]
@@ -194,7 +190,7 @@ def audit_models(
             continue
         path = [network(Lerp(models.base, models.experts[task.name], share)) for share in PATH]
         try:
-            found = _probe(task, path, merged, less, seed=seed, modes=modes, steps=steps, images=images, split=split)
+            found = _probe(task, path, merged, less, probing)
         except TaskError as error:
             skipped.append(f"{task.name}: {error}")
             continue
@@ -203,8 +199,8 @@ def audit_models(
         else:
             probes.append(found)
     probed = (
-        f"triggers: {', '.join(modes)}; {steps} steps on at most {images} unlabelled images of each task's {split}; for "
-        f"{len(probes)} tasks, every class"
+        f"triggers ({', '.join(probing.modes)}) of {len(probes)} tasks, for every class; {probing.steps} steps on at most "
+        f"{probing.images} unlabelled images of each task's {probing.split}"
     )
     return Audit(said, screened, probes, skipped, probed)
 
@@ -214,22 +210,18 @@ def _probe(
     path: Sequence[nn.Module],
     merged: nn.Module,
     less: Mapping[str, nn.Module],
-    *,
-    seed: int,
-    modes: Sequence[str],
-    steps: int,
-    images: int,
-    split: str,
+    probing: Probing,
 ) -> Probe | None:
     """None if no trigger can be judged."""
-    pixels, how = images_of(task, split, images, seed), pixels_of(task)
+    pixels, how = images_of(task, probing.split, probing.images, probing.seed), pixels_of(task)
     along = [logits_of(network, task) for network in path]
     whole = logits_of(merged, task)
     with torch.no_grad():
         classes = whole(how.inputs(pixels[:1])).shape[1]
-    candidates = [(mode, c) for mode in modes for c in range(classes)]
-    found = mine(taking_turns([along[-1], whole]), pixels, how, candidates, steps=steps, seed=seed)
-    held = pixels[parted(len(pixels), seed)[0]]
+    candidates = [(mode, c) for mode in probing.modes for c in range(classes)]
+    turns = taking_turns([along[-1], whole])
+    found = mine(turns, pixels, how, candidates, steps=probing.steps, seed=probing.seed)
+    held = pixels[parted(len(pixels), probing.seed)[0]]
 
     def rate(forward: Forward, mined: Mined) -> Score | None:
         return success(forward, held, how, mined.trigger, mined.target)
@@ -251,7 +243,7 @@ def _probe(
 
 
 def difference(a: Score, b: Score) -> tuple[float, float, float]:
-    """A − b with its 95 % interval.
+    """The first less the second, with its 95 % interval.
 
     Source: Newcombe, Statistics in Medicine 17:873 (1998), method 10, of Wilson's intervals.
     """

@@ -17,7 +17,7 @@ from eutectic.fusion._fusion import ModelSet
 from eutectic.merge.recipe import Recipe, load
 from eutectic.merge.run import Progress, bind, opened, silent
 from eutectic.security import report
-from eutectic.security.audit import Audit, audit_models
+from eutectic.security.audit import Audit, Probing, audit_models
 
 #: the merge of a suite that is audited without a recipe
 METHOD, PARAMETERS = "task_arithmetic", {"scale": 0.2}
@@ -29,9 +29,7 @@ def audit(
     tasks: str | None,
     only: Sequence[str] = (),
     *,
-    modes: Sequence[str],
-    steps: int,
-    seed: int,
+    probing: Probing,
     progress: Progress = silent,
 ) -> Audit:
     """The audit of a recipe's merge, or of a suite's.  ``only`` names the tasks that triggers are mined for; all by default.
@@ -59,11 +57,9 @@ def audit(
         ModelSet(network, base, experts),
         chosen,
         lambda some: bind(parsed, base, some),
-        said=f"{parsed.method} {parsed.parameters or ''}".strip(),
-        seed=seed,
-        modes=modes,
-        steps=steps,
-        progress=progress,
+        f"{parsed.method} {parsed.parameters or ''}".strip(),
+        probing,
+        progress,
     )
 
 

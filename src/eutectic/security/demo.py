@@ -12,7 +12,7 @@ from eutectic.fusion._fusion import ModelSet
 from eutectic.merge.view import Merged
 from eutectic.security import commands, report
 from eutectic.security.attacks import Attack
-from eutectic.security.audit import audit_models
+from eutectic.security.audit import Probing, audit_models
 from eutectic.security.poisoned import poison, training_of
 from eutectic.security.scores import ASR, Row, table
 
@@ -35,8 +35,8 @@ def run(out: Path, say: Callable[[str], None]) -> None:
         ModelSet(given.backbone(), given.base, given.experts()),
         given.tasks,
         lambda some: Merged(commands.METHOD, given.base, some, commands.PARAMETERS),
-        said=commands.METHOD,
-        steps=24,
+        commands.METHOD,
+        Probing(steps=24),
     )
     commands.write(found, out)
     for expert in found.suspects:

@@ -17,7 +17,7 @@ from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.fusion._losses import fill
 from eutectic.fusion._tensors import names_of
 from eutectic.merge.view import Merged
-from eutectic.security.audit import EVIDENCE, Probe, audit_models
+from eutectic.security.audit import EVIDENCE, Probe, Probing, audit_models
 from eutectic.security.triggers import pixels_of
 from eutectic.task import Task
 
@@ -68,9 +68,8 @@ def suspicions(
     modes: Sequence[str] = ("corners",),
 ) -> list[Probe]:
     """Tasks whose mined triggers are evidence, by the audit of the merge on the inputs that may be seen; worst first."""
-    found = audit_models(
-        models, tasks, merge, said="", seed=run.seed, modes=modes, steps=mining, split=run.split, progress=run.progress
-    )
+    probing = Probing(run.seed, tuple(modes), mining, split=run.split)
+    found = audit_models(models, tasks, merge, "", probing, run.progress)
     return sorted((probe for probe in found.probes if probe.gain[1] > EVIDENCE), key=lambda probe: -probe.gain[0])
 
 
