@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from eutectic.merge.api import state_dict as state_dict
     from eutectic.merge.recipe import Recipe as Recipe
     from eutectic.record import Record as Record
+    from eutectic.security.audit import audit as audit
     from eutectic.task import Task as Task
     from eutectic.tuning.experts import tune as tune
 
@@ -33,6 +34,7 @@ _HOMES = {
     "Recipe": "merge.recipe",
     "Record": "record",
     "Task": "task",
+    "audit": "security.audit",
     "combine": "ensemble._api",
     "diff": "merge.api",
     "evaluate": "bench.evaluate",

@@ -23,6 +23,8 @@ from eutectic.errors import UnknownNameError, did_you_mean
 
 #: the rooms that have methods: closed forms, what is fitted or keeps its experts, and what combines predictions
 ROOMS = ("methods", "fusion", "ensemble")
+#: the folders of a room, where it has others than its own
+FOLDERS = {"fusion": ("fusion", "security/defences")}
 
 
 @functools.cache
@@ -31,8 +33,10 @@ def names(room: str) -> dict[str, str]:
 
     Raises UnknownNameError if two origins claim one name.
     """
-    folder = Path(__file__).parent / room
-    found = {path.stem: f"eutectic.{room}.{path.stem}:{path.stem}" for path in folder.glob("*.py") if path.stem[0] != "_"}
+    found: dict[str, str] = {}
+    for folder in FOLDERS.get(room, (room,)):
+        own = (path.stem for path in (Path(__file__).parent / folder).glob("*.py") if path.stem[0] != "_")
+        found |= {stem: f"eutectic.{folder.replace('/', '.')}.{stem}:{stem}" for stem in own}
     for point in metadata.entry_points(group=f"eutectic.{room}"):
         if point.name in found:
             raise UnknownNameError(f"two origins claim the {room} name {point.name!r}: {found[point.name]} and {point.value}")

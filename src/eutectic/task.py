@@ -42,6 +42,21 @@ Batches = Iterable[tuple[Any, Tensor]]
 Split = Arrays | tuple[Tensor, Tensor] | Batches
 
 
+class Pixels(NamedTuple):
+    """How a network's inputs ``[…, C, H, W]`` were made of pixels in [0, 1]: (pixels − mean) / std, channel by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def of(self, inputs: Tensor) -> Tensor:
+        """Inputs → pixels in [0, 1]."""
+        return (inputs * _column(self.std, inputs) + _column(self.mean, inputs)).clamp(0, 1)
+
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """Pixels → what the network takes."""
+        return (pixels - _column(self.mean, pixels)) / _column(self.std, pixels)
+
+
 class Score(NamedTuple):
     """Accuracy, as a fraction, with its 95 % Wilson interval over ``n`` samples."""
 
@@ -67,9 +82,13 @@ class Task:
         val: Split | None = None,
         adapt: Split | None = None,
         test: Split | None = None,
+        pixels: Pixels | None = None,
     ) -> None:
-        """Each split is an ``Arrays``, a pair of tensors (inputs, labels), or any iterable of such batches (a DataLoader)."""
-        self.name, self.head = name, head
+        """Each split is an ``Arrays``, a pair of tensors (inputs, labels), or any iterable of such batches (a DataLoader).
+
+        ``pixels`` says how inputs were made of images, for what works on these; None if they are none.
+        """
+        self.name, self.head, self.pixels = name, head, pixels
         given = {"train": train, "val": val, "adapt": adapt, "test": test}
         self.splits = {key: _normalised(split, f"{name}.{key}") for key, split in given.items() if split is not None}
 
@@ -120,6 +139,10 @@ class Task:
         if n == 0:
             raise TaskError(f"task {self.name!r}: the split {split!r} is empty")
         return Score(hits / n, *wilson(hits, n), n)
+
+
+def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return like.new_tensor(values).view(-1, 1, 1)
 
 
 def _normalised(split: Split, where: str) -> Arrays | Batches:

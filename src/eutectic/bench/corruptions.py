@@ -51,7 +51,8 @@ def corrupted(task: Task, kind: str, severity: int, seed: int = 0, splits: Seque
         except TaskError as error:
             raise TaskError(f"task {task.name!r}, split {split!r}: {error}") from None
         changed[split] = Arrays(images, arrays.labels, arrays.transform)
-    return Task(task.name, task.head, **{split: (task.splits | changed).get(split) for split in SPLITS})
+    every = {split: (task.splits | changed).get(split) for split in SPLITS}
+    return Task(task.name, task.head, **every, pixels=task.pixels)
 
 
 def corrupt(images_NHWC: Tensor, kind: str, severity: int, seed: int = 0) -> Tensor:

@@ -31,9 +31,9 @@ from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.views import Cast
 from eutectic.errors import TaskError, UnknownNameError, did_you_mean
 from eutectic.fusion._routed import Description
-from eutectic.task import SPLITS, Arrays, Task
+from eutectic.task import SPLITS, Arrays, Pixels, Task
 
-PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 was trained
+PIXELS = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, as DINOv2 was trained
 
 
 class Suite:
@@ -83,7 +83,8 @@ class Suite:
     def task(self, name: str) -> Task:
         """One task.  Raises UnknownNameError, TaskError."""
         self._require(name)
-        return Task(name, self._head(name).eval(), **{split: self.arrays(name, split) for split in SPLITS})
+        pixels = PIXELS if self.info["side"] else None
+        return Task(name, self._head(name).eval(), **{split: self.arrays(name, split) for split in SPLITS}, pixels=pixels)
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -129,5 +130,4 @@ def to_pixels(images_BHWC: Tensor, side: int) -> Tensor:
     """uint8 images of one or three channels → normalised float32 ``[B, 3, side, side]``, resized bilinearly."""
     pixels = images_BHWC.permute(0, 3, 1, 2).float() / 255
     pixels = nn.functional.interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=True)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
-    return (pixels.expand(-1, 3, -1, -1) - mean) / std
+    return PIXELS.inputs(pixels.expand(-1, 3, -1, -1))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eutectic import record
 from eutectic.bench import sources
@@ -291,11 +291,16 @@ def _make_expert(spec: SuiteSpec, suite: Suite, task: str, progress: Callable[[i
     fine_tune(backbone, suite.task(task).head, suite.arrays(task, "train"), spec.training, progress)
     (suite.folder / "experts").mkdir(exist_ok=True)
     with published(suite.folder / "experts" / task) as folder:
-        if spec.training.kind != "full":
-            save_adapter(backbone, folder, "../../base", getattr(torch, spec.dtype))
-        else:
-            copy_side_files(suite.folder / "base", folder)
-            save_tensors(live(backbone), folder)
+        save_expert(backbone, suite, spec.training.rank, folder)
+
+
+def save_expert(backbone: nn.Module, suite: Suite, rank: int, folder: Path) -> None:
+    """Write a fine-tune into an existing folder two below the suite's: its adapters if it has a ``rank``, else all of it."""
+    if rank:
+        save_adapter(backbone, folder, "../../base", getattr(torch, suite.info["settings"]["dtype"]))
+    else:
+        copy_side_files(suite.folder / "base", folder)
+        save_tensors(live(backbone), folder)
 
 
 def _write_text(path: Path, text: str) -> None:

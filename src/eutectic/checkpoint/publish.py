@@ -18,6 +18,8 @@ from eutectic.checkpoint.writer import explained, explained_if_full, fsync
 from eutectic.errors import ClusterError, DiskFullError, OutputError
 
 _JOURNAL = ".journal"
+#: a folder with this file holds a model with a backdoor, made to measure defences with: see ``security.poisoned``
+POISONED = "POISONED.json"
 #: one of these shows that a folder holds a model, and may be replaced by another
 _MODEL = ("eutectic.json", "config.json", "party.json", "*.safetensors")
 
@@ -167,6 +169,12 @@ def _refuse_output(folder: Path, replace: bool, inputs: Iterable[str | Path]) ->
     for source in (Path(source).resolve() for source in inputs):
         if out.is_relative_to(source) or source.is_relative_to(out):
             raise OutputError(f"{folder}: is, holds or lies in the input {source}. Choose another path.")
+        for marked in (parent for parent in (source, *source.parents) if (parent / POISONED).is_file()):
+            if not out.is_relative_to(marked):
+                raise OutputError(
+                    f"{folder}: the input {source} has a backdoor on purpose ({marked / POISONED}), and nothing made of it is "
+                    f"saved outside {marked}"
+                )
     if out.exists() and not replace:
         raise OutputError(f"{folder}: exists already. Choose another path, or pass replace=True (--force on the command line).")
     if out.exists() and not out.is_dir():

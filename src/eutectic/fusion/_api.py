@@ -235,13 +235,13 @@ def fuse(
     """
     network = copy.deepcopy(backbone).to(device)
     opened = {expert: open(source) for expert, source in experts.items()}
-    base = _base_of(backbone, opened)
+    base = base_of(backbone, opened)
     run = Run(seed, protocol, device, progress=progress)
     artefact = fit(name, ModelSet(network, base, opened), tasks, parameters, run)
     return applied(network, base, opened, artefact)
 
 
-def _base_of(backbone: nn.Module, experts: Mapping[str, Checkpoint]) -> Memory:
+def base_of(backbone: nn.Module, experts: Mapping[str, Checkpoint]) -> Memory:
     """θ₀ on the processor, without those names of tied tensors that no expert has: files hold one of them."""
     known = {name for expert in experts.values() for name in expert.specs}
     state = backbone.state_dict(keep_vars=True)

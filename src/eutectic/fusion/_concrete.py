@@ -120,20 +120,20 @@ class ConcreteMask:
         """All logits 0."""
         self.equation, self.temperature, self._seed = equation, temperature, seed
         self.logits = {site.name: torch.zeros_like(site.base) for site in equation.sites}
-        self._means: list[float] = []
+        self.means: list[float] = []
 
     def sample(self, *key: object) -> list[Tensor]:
         """The m̂ of one draw."""
         noise = generator(self._seed, *key)
         pairs = [rescaled(sampled(x, self.temperature, noise)) for x in self.logits.values()]
-        self._means = [mean for _, mean in pairs]
+        self.means = [mean for _, mean in pairs]
         return [mask for mask, _ in pairs]
 
     def gradient(self, weights_KL: Tensor, masks: Sequence[Tensor]) -> dict[str, Tensor]:
         """∂L/∂x of what ``backward`` left, at the last sample."""
         found = {}
         gradients = self.equation.mask_gradient(weights_KL)
-        for name, mask, mean, gradient in zip(self.logits, masks, self._means, gradients, strict=True):
+        for name, mask, mean, gradient in zip(self.logits, masks, self.means, gradients, strict=True):
             found[name] = logit_gradient(gradient, mask, mean, self.temperature)
         return found
 

@@ -1,0 +1,49 @@
+"""Attacks, audit and defences on a suite with a poisoned expert: records for docs/safety.md."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from eutectic import record
+from eutectic.bench.zoo import open_suite
+from eutectic.security.attacks import Attack
+from eutectic.security.commands import METHOD, PARAMETERS
+from eutectic.security.poisoned import poison, training_of
+from eutectic.security.scores import Row, table
+
+#: λ of the merges, chosen on `val` of the clean suite by `eutectic bench mini`
+MERGES = {"task_arithmetic": PARAMETERS, "ties": {"scale": 0.6}}
+
+
+def main() -> None:
+    """Append records; each row as soon as it is measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", default="mini")
+    parser.add_argument("--attack", default="badmerging", choices=("badmerging", "badnets"))
+    parser.add_argument("--task", default="animals")
+    parser.add_argument("--size", type=int, default=8)
+    parser.add_argument("--merge", default=METHOD, choices=MERGES)
+    parser.add_argument("--defence", action="append", default=[], help="a defence, and parameters as JSON after a space")
+    parser.add_argument("--out", type=Path, default=Path("runs/safety/records.jsonl"))
+    parser.add_argument("--steps", type=int, default=300, help="of training the poisoned expert")
+    given = parser.parse_args()
+    suite = open_suite(given.suite)
+    training = dataclasses.replace(training_of(suite), steps=given.steps)
+    poisoned = poison(suite, Attack(given.attack, given.task, 0, given.size), training)
+    over = {"method": given.merge, "parameters": MERGES[given.merge]}
+    rows = []
+    for said in given.defence:
+        name, _, rest = said.partition(" ")
+        rows.append(Row(f"{name} over {given.merge}", name, over | json.loads(rest or "{}")))
+    merge = Row(given.merge, given.merge, MERGES[given.merge])
+    for one in table(poisoned, merge, rows, progress=lambda *told: print(*told, file=sys.stderr, flush=True)):
+        record.append(given.out, [one])
+        print(f"{one.method:32} {one.task:14} {one.metric:20} {100 * one.value:6.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""I-BAU, without its hypergradient: universal triggers are mined and unlearned in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from eutectic.fusion._fit import Batches, generator
+from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
+from eutectic.methods._method import Count, NonNegative, Positive
+from eutectic.security.defences._defended import fill_with, merged, outputs, over, tensors_of, tuned
+from eutectic.security.miner import MODES
+from eutectic.security.triggers import pixels_of
+from eutectic.task import Task
+
+REFERENCE = "Zeng et al., Adversarial unlearning of backdoors via implicit hypergradient, ICLR 2022, arXiv:2110.03735"
+
+
+def i_bau(
+    rounds: Count = 5,
+    inner: Count = 5,
+    steps: Count = 5,
+    lr: Positive = 2e-5,
+    inner_lr: Positive = 0.5,
+    clean: NonNegative = 1.0,
+    batch_size: Count = 8,
+    mode: str = "corners",
+    method: str = "task_arithmetic",
+    parameters: dict[str, Any] | None = None,
+) -> Fusion:
+    """Make a merge predict under universal triggers what it predicts without.
+
+        each round:  z ← ascent on  KL( p_m(x) ‖ p(T_z(x)) ),   then
+                     min_θ  Σ_tasks  KL( p_m(x) ‖ p(T_z(x)) ) + γ KL( p_m(x) ‖ p(x) )
+
+    p_m are the merge's own predictions, so no labels are needed.  Each task has a trigger of its own, which is carried over
+    from round to round, and looks for no class: it needs no audit, and defends as much against θ₀'s own weaknesses.
+
+    Args:
+        rounds: of ascent and descent.
+        inner: steps of ascent on the triggers a round.
+        steps: of Adam on all weights a round.
+        lr: Adam's.
+        inner_lr: of the ascent, by sign, on the triggers' parameters.
+        clean: γ.
+        batch_size: of each task.
+        mode: of the triggers, see ``security.miner.MODES``.
+        method: the merge that is defended.
+        parameters: of that method.
+
+    Source: Zeng et al., ICLR 2022, arXiv:2110.03735.  Differs from the paper in that the implicit hypergradient is left out,
+    the trigger is painted small instead of bounded in norm, and the labels are the merge's predictions.
+    """
+
+    def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
+        about, network = over(method, parameters), models.network
+        weights = fill_with(network, merged(models.base, models.experts, about))
+        before, batches = outputs(network, tasks, run), Batches(run, tasks, batch_size)
+        optimiser, noise = torch.optim.Adam(weights, lr=lr), generator(run.seed, "i_bau")
+        z = {}
+        for task in tasks:
+            side = pixels_of(task).of(run.arrays(task).take(torch.arange(1))[0]).shape[-1]
+            z[task.name] = torch.randn(MODES[mode].knots(side), generator=noise)
+
+        def divergence(task: Task, step: int, triggered: bool) -> torch.Tensor:
+            index = batches.index(task, step)
+            inputs = batches.inputs(task, index)
+            if triggered:
+                how = pixels_of(task)
+                inputs = how.inputs(MODES[mode].change(z[task.name][None], how.of(inputs))[0])
+            logits = run.forward(network, task, inputs)
+            return F.kl_div(F.log_softmax(logits, 1), before[task.name][index], log_target=True, reduction="batchmean")
+
+        history = []
+        for turn in range(rounds):
+            for parameter in weights:
+                parameter.requires_grad_(False)
+            for number in range(inner):
+                for task in tasks:
+                    z[task.name].requires_grad_()
+                    (slope,) = torch.autograd.grad(divergence(task, turn * inner + number, True), z[task.name])
+                    z[task.name] = z[task.name].detach() + inner_lr * slope.sign()
+            for parameter in weights:
+                parameter.requires_grad_(True)
+            total = 0.0
+            for number in range(steps):
+                for task in tasks:
+                    at = turn * steps + number
+                    loss = divergence(task, at, True) + clean * divergence(task, at, False)
+                    loss.backward()
+                    total += loss.item() / steps
+                optimiser.step()
+                optimiser.zero_grad()
+            history.append(total)
+            run.progress("unlearning", turn + 1, rounds)
+        tensors, names = tensors_of(models)
+        return Artefact(tensors, about | {"names": names, "history": history})
+
+    return Fusion(fit, tuned)

@@ -1,0 +1,65 @@
+"""The miner finds what a network answers to, in the mode where it is, and says how well it works on other images."""
+
+import pytest
+import torch
+
+from eutectic.errors import TaskError, UnknownNameError
+from eutectic.security.miner import MODES, mine, parted, success, taking_turns, trigger_of
+from eutectic.security.triggers import patch
+from eutectic.task import Pixels
+
+SIDE = 14
+PLAIN = Pixels((0.0,) * 3, (1.0,) * 3)
+
+
+def images(n=12):
+    return torch.rand(n, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 0.3
+
+
+def answers_to_the_corner(inputs):
+    """Class 2 where the corner's pixel is bright, else class 0 or 1 by the mean of its inner part."""
+    corner = 20 * (inputs[..., 0, -1, -1] - 0.4)
+    mean = 40 * (inputs[..., 2:-2, 2:-2].mean((-3, -2, -1)) - 0.15)
+    return torch.stack([-mean, mean, corner], -1)
+
+
+def test_the_trigger_of_a_network_that_has_one_is_found():
+    found = mine(answers_to_the_corner, images(), PLAIN, [("corners", c) for c in range(3)], steps=40, keep=1, seed=0)
+    assert [one.target for one in found] == [2]
+    assert found[0].success.value == 1.0
+    pixel = found[0].trigger(torch.full((1, 3, SIDE, SIDE), 0.5))[0, 0, -1, -1]
+    assert pixel > 0.6
+    again = mine(answers_to_the_corner, images(), PLAIN, [("corners", c) for c in range(3)], steps=40, keep=1, seed=0)
+    assert torch.equal(found[0].z, again[0].z)
+    elsewhere = mine(answers_to_the_corner, images(), PLAIN, [("centre", 2)], steps=10, seed=0)
+    assert elsewhere[0].success.value == 0.0  # a mode that does not reach the corner says nothing of it
+
+
+def test_what_is_mined_works_on_networks_in_turn():
+    both = taking_turns([lambda x: x.new_tensor([[1.0, 2.0]]), lambda x: x.new_tensor([[3.0, 4.0]])])
+    assert [float(both(torch.zeros(1))[0, 0]) for _ in range(3)] == [1.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_stay_in_range_and_start_from_any_image(mode):
+    z = 3 * torch.randn(2, *MODES[mode].knots(SIDE), generator=torch.Generator().manual_seed(0))
+    changed = MODES[mode].change(z, images(4))
+    assert changed.shape == (2, 4, 3, SIDE, SIDE)
+    assert 0 <= float(changed.min()) <= float(changed.max()) <= 1
+    x = images(4)
+    assert torch.equal(trigger_of(MODES[mode], z[0], mode)(x, 0.0), x)
+    assert torch.allclose(trigger_of(MODES[mode], z[0], mode)(x), changed[0], atol=1e-6)
+
+
+def test_success_is_of_images_that_are_not_taken_for_the_class_anyway():
+    held, learn = parted(12, 0)
+    assert sorted([*held.tolist(), *learn.tolist()]) == list(range(12))
+    assert success(lambda x: x.new_tensor([[0.0, 1.0]]).expand(len(x), 2), images(), PLAIN, patch(SIDE, 2), 1) is None
+    assert success(lambda x: x.new_tensor([[0.0, 1.0]]).expand(len(x), 2), images(), PLAIN, patch(SIDE, 2), 0).value == 0.0
+
+
+def test_what_cannot_be_mined_is_refused():
+    with pytest.raises(UnknownNameError, match="Did you mean 'corners'"):
+        mine(answers_to_the_corner, images(), PLAIN, [("corner", 0)])
+    with pytest.raises(TaskError, match="at least 3 and 1"):
+        mine(answers_to_the_corner, images(2), PLAIN, [("corners", 0)])
