@@ -127,7 +127,7 @@ def test_both_masks_of_dam_have_the_gradient_of_autograd():
     (c * scaled[0] * scaled[1] * tau).sum().backward()
     for own, other in ((0, 1), (1, 0)):
         gradient = (c * tau * scaled[other]).detach()
-        found = logit_gradient(gradient, scaled[own].detach(), float(soft[own].mean()), 0.5)
+        found = logit_gradient(gradient, scaled[own].detach(), float(soft[own].detach().mean()), 0.5)
         assert torch.allclose(found, x[own].grad, atol=1e-10)
     mask, mean = rescaled(sampled(torch.zeros(1000, dtype=torch.float64), 0.5, random))
     assert float(mask.mean()) == pytest.approx(1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,9 @@ class _Losses:
 
 def _cma() -> Any:
     try:
-        import cma
+        with warnings.catch_warnings():  # that without matplotlib it draws no plots
+            warnings.simplefilter("ignore", UserWarning)
+            import cma
     except ImportError:
         raise MissingDependencyError("lorahub needs cma: pip install 'eutectic[lorahub]'") from None
     return cma
