@@ -12,6 +12,7 @@ from eutectic import cli
 from eutectic.bench import zoo
 from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.views import Lerp
+from eutectic.cli import safety
 from eutectic.errors import LayoutError, RecipeError
 from eutectic.security import commands, report
 from eutectic.security.audit import PATH, Probing, difference
@@ -141,5 +142,5 @@ def test_the_command_gates_a_pipeline(suite, tmp_path, monkeypatch):
         suspects = ("letters",)
 
     monkeypatch.setattr(commands, "audit", lambda *args, **options: Guilty())
-    monkeypatch.setattr(cli, "_show_audit", lambda *args: None)
+    monkeypatch.setattr(safety, "_show_audit", lambda *args: None)
     assert run("--suite", suite.folder).exit_code == 1

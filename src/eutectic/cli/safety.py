@@ -1,0 +1,97 @@
+"""Commands that look for backdoors, and that make some to measure with."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from eutectic.cli._app import app, bar, zoo_app
+
+
+class Attack(StrEnum):
+    """How an expert gets its backdoor."""
+
+    badnets = "badnets"
+    badmerging = "badmerging"
+
+
+@app.command()
+def audit(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe in YAML; its merge and experts are audited.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Instead of RECIPE: a suite, whose experts are audited in a task-arithmetic merge.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="A suite, whose inputs triggers are mined on.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Mine for this task only; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for audit.json and audit.html.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    mode: Annotated[list[str] | None, typer.Option(help="Of triggers: corners, frame, centre, additive, smooth.")] = None,
+    steps: Annotated[int, typer.Option(help="Of the miner.", min=1)] = 40,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Look for backdoors in a merge and its experts; exit status 1 if an expert is suspect.
+
+    Without tasks only the weights are screened.
+    """
+    from eutectic.security import commands
+    from eutectic.security.audit import Probing
+
+    probing = Probing(seed, tuple(mode or ["corners"]), steps)
+    with bar() as progress:
+        found = commands.audit(recipe, suite, tasks, task or [], probing=probing, progress=progress)
+    _show_audit(found, out, json)
+    raise typer.Exit(bool(found.suspects))
+
+
+def _show_audit(found: Any, out: Path | None, as_json: bool) -> None:
+    import json
+
+    from rich.console import Console
+
+    from eutectic.security import commands, report
+
+    if as_json:
+        print(json.dumps(report.to_json(found), ensure_ascii=False))
+    else:
+        console = Console()
+        console = console if console.is_terminal else Console(width=150)
+        console.print(report.table(found), crop=False)
+        for expert in found.suspects:
+            for line in found.evidence(expert):
+                console.print(f"{expert}: {line}", markup=False, highlight=False)
+        for line in found.skipped:
+            console.print(f"not seen: {line}", markup=False, highlight=False)
+        console.print(f"looked at {found.probed}", markup=False, highlight=False)
+    if out is not None:
+        commands.write(found, out)
+
+
+@zoo_app.command("poison")
+def zoo_poison(
+    name: Annotated[str, typer.Argument(help="A suite of the zoo, or a folder that holds one.")],
+    task: Annotated[str, typer.Option(help="Whose expert is to have a backdoor.")],
+    attack: Annotated[Attack, typer.Option(help="BadNets is diluted by merging, BadMerging is made to survive it.")],
+    target: Annotated[int, typer.Option(help="The class that inputs with the trigger are taken for.", min=0)] = 0,
+    size: Annotated[int, typer.Option(help="Of the trigger, in pixels.", min=1)] = 8,
+    steps: Annotated[int | None, typer.Option(help="Of training; as the suite's own experts by default.", min=1)] = None,
+) -> None:
+    """Make a copy of a suite in which one expert has a backdoor, in the cache, to measure audit and defences with."""
+    import dataclasses
+
+    from eutectic.bench.zoo import open_suite
+    from eutectic.security import attacks, poisoned
+
+    suite = open_suite(name)
+    training = poisoned.training_of(suite)
+    training = dataclasses.replace(training, steps=steps or training.steps)
+    with bar() as progress:
+        made = poisoned.poison(
+            suite,
+            attacks.Attack(attack.value, task, target, size),
+            training,
+            lambda step, loss: progress("training", step, training.steps),
+        )
+    print(made.suite.folder)
