@@ -12,7 +12,7 @@ import stat
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from eutectic.errors import CheckpointError, did_you_mean
 
 #: PyTorch's own limits: elements are counted in int64, and views have at most 64 axes
 _MAX_NUMEL, _MAX_AXES = 2**62, 64
-_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 
 
 class Entry(NamedTuple):
@@ -227,80 +226,62 @@ def _header(fd: int, path: Path) -> Header:
 
 
 def _entry(name: str, info: object, path: Path, data: int) -> Entry:
-    try:
-        return _parsed(name, info, data)
-    except _OddError as error:  # only now: where a tensor is, is a text, and there may be a hundred thousand tensors
-        raise CheckpointError(f"{path}: tensor {name!r}{error}") from None
-
-
-class _OddError(Exception):
-    """What is wrong with a tensor's entry."""
-
-
-def _parsed(name: str, info: object, data: int) -> Entry:
+    where = f"{path}: tensor {name!r}"
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise _OddError(f" has a name that is not Unicode text. {AGAIN}") from None
-    if not isinstance(info, dict) or not info.keys() >= _KEYS:
-        raise _OddError(f" must have 'dtype', 'shape' and 'data_offsets'. {AGAIN}")
-    dtype, offsets = info["dtype"], info["data_offsets"]
+        raise CheckpointError(f"{where} has a name that is not Unicode text. {AGAIN}") from None
+    if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
+        raise CheckpointError(f"{where} must have 'dtype', 'shape' and 'data_offsets'. {AGAIN}")
+    dtype = info["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         advice = did_you_mean(dtype, DTYPES) if isinstance(dtype, str) else ""
-        raise _OddError(f" has the dtype {dtype!r}; accepted are {', '.join(DTYPES)}.{advice} Convert it first.")
-    spec = TensorSpec(_shape(info["shape"]), DTYPES[dtype])
-    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _OddError(f": its data_offsets {str(offsets)[:99]} are not [begin, end] with 0 ≤ begin ≤ end. {AGAIN}")
+        raise CheckpointError(f"{where} has the dtype {dtype!r}; accepted are {', '.join(DTYPES)}.{advice} Convert it first.")
+    spec = TensorSpec(_shape(info["shape"], where), DTYPES[dtype])
+    offsets = info["data_offsets"]
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)) or offsets[0] > offsets[1]:
+        raise CheckpointError(
+            f"{where}: its data_offsets {str(offsets)[:99]} are not [begin, end] with 0 ≤ begin ≤ end. {AGAIN}"
+        )
     begin, end = offsets
     if end - begin != spec.nbytes:
-        raise _OddError(f" {spec} takes {spec.nbytes} bytes, but its data_offsets span {end - begin}. {AGAIN}")
+        raise CheckpointError(f"{where} {spec} takes {spec.nbytes} bytes, but its data_offsets span {end - begin}. {AGAIN}")
     return Entry(spec, data + begin, data + end)
 
 
-def _shape(shape: object) -> tuple[int, ...]:
-    if not _are_counts(shape):
-        raise _OddError(f": its shape {str(shape)[:99]} is not a list of integers ≥ 0. {AGAIN}")
+def _shape(shape: object, where: str) -> tuple[int, ...]:
+    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+        raise CheckpointError(f"{where}: its shape {str(shape)[:99]} is not a list of integers ≥ 0. {AGAIN}")
     # Zeros count as ones: strides multiply all axes of an empty tensor too.
     numel = 1
     for axis in shape[: _MAX_AXES + 1]:
-        numel *= axis or 1
-        if numel > _MAX_NUMEL:
-            break
+        numel = min(numel * min(max(axis, 1), _MAX_NUMEL + 1), _MAX_NUMEL + 1)
     if len(shape) > _MAX_AXES or numel > _MAX_NUMEL:
-        raise _OddError(f": its shape {str(shape)[:99]} is larger than any tensor can be. {AGAIN}")
+        raise CheckpointError(f"{where}: its shape {str(shape)[:99]} is larger than any tensor can be. {AGAIN}")
     return tuple(shape)
 
 
-def _are_counts(values: object) -> TypeGuard[list[int]]:
-    # not isinstance of int: a bool is no count
-    return isinstance(values, list) and all([type(value) is int and value >= 0 for value in values])
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0  # not isinstance: a bool is no count
 
 
 def _require_filled(entries: dict[str, Entry], begin: int, size: int, path: Path) -> None:
     """Refuse unless the tensors, in the order of their bytes, fill the file from ``begin`` to ``size``."""
-    at, last = begin, ""
-
-    def said(name: str) -> str:
-        return f"tensor {name!r}" if name else "the header"
-
-    for name, (_, first, end) in sorted(entries.items(), key=_place):
-        if first < at:
+    at, last = begin, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][1:]):
+        if entry.begin < at:
             raise CheckpointError(
-                f"{path}: tensor {name!r} overlaps {said(last)}, which ends {at - first} bytes later. {AGAIN}"
+                f"{path}: tensor {name!r} overlaps {last}, which ends {at - entry.begin} bytes later. {AGAIN}"
             )
-        if first > at:
+        if entry.begin > at:
             raise CheckpointError(
-                f"{path}: a hole of {first - at} bytes lies between {said(last)} and tensor {name!r}. {AGAIN}"
+                f"{path}: a hole of {entry.begin - at} bytes lies between {last} and tensor {name!r}. {AGAIN}"
             )
-        if end > size:
-            raise CheckpointError(f"{path}: truncated: tensor {name!r} ends at byte {end} of {size}. {AGAIN}")
-        at, last = end, name
+        if entry.end > size:
+            raise CheckpointError(f"{path}: truncated: tensor {name!r} ends at byte {entry.end} of {size}. {AGAIN}")
+        at, last = entry.end, f"tensor {name!r}"
     if at < size:
-        raise CheckpointError(f"{path}: {size - at} trailing bytes after {said(last)} belong to no tensor. {AGAIN}")
-
-
-def _place(item: tuple[str, Entry]) -> tuple[int, int]:
-    return item[1][1:]
+        raise CheckpointError(f"{path}: {size - at} trailing bytes after {last} belong to no tensor. {AGAIN}")
 
 
 # ── bytes ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
