@@ -37,10 +37,15 @@ def expert_outputs(models: ModelSet, tasks: Sequence[Task], run: Run) -> dict[st
     for number, task in enumerate(tasks):
         run.progress("experts' outputs", number, len(tasks))
         fill(models.network, models.experts[expert_of(task, models)])
-        arrays = run.arrays(task)
-        logits = [run.forward(models.network, task, inputs) for inputs, _ in arrays.batches(64)]
-        found[task.name] = F.log_softmax(torch.cat(logits), dim=1)
+        found[task.name] = outputs(models.network, task, run)
     return found
+
+
+@torch.no_grad()
+def outputs(network: torch.nn.Module, task: Task, run: Run) -> Tensor:
+    """Log p ``[N, C]`` of a network as it is, on all of a task's inputs that may be seen."""
+    logits = [run.forward(network, task, inputs) for inputs, _ in run.arrays(task).batches(64)]
+    return F.log_softmax(torch.cat(logits), dim=1)
 
 
 @torch.no_grad()

@@ -73,8 +73,13 @@ def finished(tensors: Mapping[str, Tensor], names: Mapping[int, Sequence[str]], 
 
 def over_average(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Checkpoint:
     """The artefact's tensors, and the plain average of the experts for all others."""
+    return laid_over(Merged("average", base, experts), base, artefact)
+
+
+def laid_over(bottom: Checkpoint, base: Checkpoint, artefact: Artefact) -> Checkpoint:
+    """The artefact's tensors, and those of ``bottom`` for all others."""
     below = {name: f"tensors.{group[0]}" for group in artefact.about["names"] for name in group}
-    return Overlay(Merged("average", base, experts), Shaped(artefact.tensors, below, base.specs))
+    return Overlay(bottom, Shaped(artefact.tensors, below, base.specs))
 
 
 def wide(tensor: Tensor | nn.Parameter) -> torch.dtype:

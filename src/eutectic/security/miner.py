@@ -117,7 +117,7 @@ MODES: dict[str, Mode] = {
 class Mined(NamedTuple):
     """A trigger, the class that it takes inputs to, and its success on held-out images that the network takes for another.
 
-    ``success`` is None if there are no such images.  ``z`` are its parameters, to go on from.
+    ``success`` is None if there are no such images.  ``z`` are its parameters.
     """
 
     mode: str
@@ -138,7 +138,6 @@ def mine(
     lr: float = 0.15,
     batch_size: int = 8,
     keep: int = 1,
-    start: Sequence[Tensor] | None = None,
     seed: int = 0,
 ) -> list[Mined]:
     """Triggers of the best ``keep`` classes of each mode, the best first.
@@ -153,7 +152,6 @@ def mine(
         lr: Adam's, on z.
         batch_size: images a candidate and step.
         keep: classes of each mode that are never given up.
-        start: z of each candidate; random by default.
         seed: fixes the result.
 
     Raises UnknownNameError, and TaskError for fewer than three images or no candidates.
@@ -166,13 +164,10 @@ def mine(
     held, learn = parted(len(pixels), seed)
     noise = generator(seed, "z")
     alive = [
-        _Candidate(
-            mode, target, torch.randn(modes[mode].knots(pixels.shape[-1]), generator=noise) if start is None else start[at]
-        )
-        for at, (mode, target) in enumerate(candidates)
+        _Candidate(mode, target, torch.randn(modes[mode].knots(pixels.shape[-1]), generator=noise))
+        for mode, target in candidates
     ]
     rungs = list(_rungs(alive, steps, keep))
-    step = 0
     for number, length in enumerate(rungs):
         for candidate in alive:
             candidate.z = candidate.z.detach().clone().requires_grad_()
@@ -184,7 +179,6 @@ def mine(
             optimiser.zero_grad()
             losses.sum().backward()
             optimiser.step()
-            step += 1
             for candidate, loss in zip(alive, losses.tolist(), strict=True):
                 candidate.loss = loss if candidate.loss == 0.0 else 0.7 * candidate.loss + 0.3 * loss
         if number + 1 < len(rungs):

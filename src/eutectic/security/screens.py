@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.base import Checkpoint
-from eutectic.fusion._tensors import difference
+from eutectic.fusion._tensors import differences
 
 #: fewer experts have no spread to speak of
 LEAST_EXPERTS = 4
@@ -86,8 +86,8 @@ def _summed(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> _Sums:
     for name, spec in base.specs.items():
         if not spec.dtype.is_floating_point:
             continue
-        vectors = [difference(base, expert, weights, name) for expert, weights in experts.items()]
-        flat = torch.stack([vector.flatten() for vector in vectors])
+        vectors = differences(base, experts, name)
+        flat = vectors.flatten(1)
         products = (flat @ flat.T).double()
         sums.products.add_(products)
         sums.squares[name] = products.diagonal().clamp(min=0)

@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from eutectic.checkpoint.base import Checkpoint, Memory
-from eutectic.checkpoint.views import Lerp, Overlay
-from eutectic.fusion._coefficients import Shaped
+from eutectic.checkpoint.base import Checkpoint
+from eutectic.checkpoint.views import Lerp
 from eutectic.fusion._fit import Batches
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.fusion._losses import fill
-from eutectic.fusion._tensors import names_of
+from eutectic.fusion._tensors import finished, laid_over, names_of
 from eutectic.merge.view import Merged
 from eutectic.security.audit import EVIDENCE, Probe, Probing, audit_models
+from eutectic.security.miner import MODES
 from eutectic.security.triggers import pixels_of
 from eutectic.task import Task
 
@@ -44,18 +43,14 @@ def gated(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefac
 
 def tuned(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Checkpoint:
     """The artefact's ``tensors``, and the merge for all others."""
-    below = {name: f"tensors.{group[0]}" for group in artefact.about["names"] for name in group}
-    return Overlay(merged(base, experts, artefact.about), Shaped(artefact.tensors, below, base.specs))
+    return laid_over(merged(base, experts, artefact.about), base, artefact)
 
 
-def tensors_of(models: ModelSet) -> tuple[Memory, list[list[str]]]:
-    """The network's trainable tensors, as ``tuned`` lays them over a merge, and their names."""
-    state, kept, names = models.network.state_dict(keep_vars=True), {}, []
-    for group in names_of(models).values():
-        if isinstance(state[group[0]], nn.Parameter):
-            names.append(group)
-            kept[f"tensors.{group[0]}"] = state[group[0]].detach().to(models.base.spec(group[0]).dtype).cpu().clone()
-    return Memory(kept), names
+def trained(models: ModelSet) -> Artefact:
+    """The network's parameters as they are, for ``tuned`` to lay over a merge."""
+    state, names = models.network.state_dict(keep_vars=True), names_of(models)
+    firsts = [group[0] for group in names.values() if isinstance(state[group[0]], nn.Parameter)]
+    return finished({name: state[name].detach().clone() for name in firsts}, names, models.base)
 
 
 def suspicions(
@@ -80,14 +75,16 @@ def fill_with(network: nn.Module, weights: Checkpoint) -> list[nn.Parameter]:
     return list(network.parameters())
 
 
-@torch.no_grad()
-def outputs(network: nn.Module, tasks: Sequence[Task], run: Run) -> dict[str, Tensor]:
-    """Log p ``[N, C]`` of the network as it is, by task, on all that may be seen."""
-    found = {}
-    for task in tasks:
-        logits = [run.forward(network, task, inputs) for inputs, _ in run.arrays(task).batches(64)]
-        found[task.name] = F.log_softmax(torch.cat(logits), dim=1)
-    return found
+def perturbations(tasks: Sequence[Task], run: Run, mode: str, noise: torch.Generator) -> dict[str, Tensor]:
+    """Random parameters z of a universal trigger of a mode for each task.  Raises TaskError for one that has no images."""
+    sides = {task.name: pixels_of(task).of(run.arrays(task).take(torch.arange(1))[0]).shape[-1] for task in tasks}
+    return {name: torch.randn(MODES[mode].knots(side), generator=noise) for name, side in sides.items()}
+
+
+def perturbed(task: Task, inputs: Tensor, mode: str, z: Tensor) -> Tensor:
+    """A task's inputs with the trigger of parameters z, through which gradients go."""
+    how = pixels_of(task)
+    return how.inputs(MODES[mode].change(z[None], how.of(inputs))[0])
 
 
 @torch.no_grad()

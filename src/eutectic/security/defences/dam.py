@@ -17,8 +17,7 @@ from eutectic.fusion._losses import divergence_from, expert_outputs
 from eutectic.fusion._weighted import Weighted
 from eutectic.merge.view import Merged
 from eutectic.methods._method import Count, NonNegative, Positive
-from eutectic.security.miner import MODES
-from eutectic.security.triggers import pixels_of
+from eutectic.security.defences._defended import perturbations, perturbed
 from eutectic.task import Task
 
 REFERENCE = (
@@ -72,17 +71,13 @@ def dam(
         equation = Weighted(models.network, models.base, {"merge": source}, fixed=[1.0])
         ones = torch.ones(equation.shape, dtype=torch.float64)
         masks = [ConcreteMask(equation, temperature, run.seed + number) for number in range(2)]
-        noise, z = generator(run.seed, "dam"), {}
-        for task in tasks:
-            side = run.arrays(task).take(torch.arange(1))[0].shape[-1]
-            z[task.name] = torch.randn(MODES[mode].knots(side), generator=noise)
+        z = perturbations(tasks, run, mode, generator(run.seed, "dam"))
 
         def safe(task: Task, index: Tensor, knots: Tensor) -> Tensor:
-            how = pixels_of(task)
-            inputs = how.inputs(MODES[mode].change(knots[None], how.of(batches.inputs(task, index)))[0])
+            inputs = perturbed(task, batches.inputs(task, index), mode, knots)
             return safety * loss(task, run.forward(equation.network, task, inputs), index)
 
-        def perturbed(task: Task, step: int) -> None:
+        def harden(task: Task, step: int) -> None:
             """Add ∂L_safe/∂θ, and move the perturbation the other way."""
             knots = z[task.name].requires_grad_()
             safe(task, batches.index(task, step), knots).backward()
@@ -109,7 +104,7 @@ def dam(
             for parameter, slope in zip(parameters_of(equation), kept, strict=True):
                 parameter.grad.copy_(slope)
             for task in tasks:
-                perturbed(task, step)
+                harden(task, step)
             return value, found | slopes(samples, 1)
 
         def used() -> list[Tensor]:

@@ -10,10 +10,9 @@ from torch.nn import functional as F
 
 from eutectic.fusion._fit import Batches, generator
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
+from eutectic.fusion._losses import outputs
 from eutectic.methods._method import Count, NonNegative, Positive
-from eutectic.security.defences._defended import fill_with, merged, outputs, over, tensors_of, tuned
-from eutectic.security.miner import MODES
-from eutectic.security.triggers import pixels_of
+from eutectic.security.defences._defended import fill_with, merged, over, perturbations, perturbed, trained, tuned
 from eutectic.task import Task
 
 REFERENCE = "Zeng et al., Adversarial unlearning of backdoors via implicit hypergradient, ICLR 2022, arXiv:2110.03735"
@@ -58,19 +57,15 @@ def i_bau(
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
         about, network = over(method, parameters), models.network
         weights = fill_with(network, merged(models.base, models.experts, about))
-        before, batches = outputs(network, tasks, run), Batches(run, tasks, batch_size)
-        optimiser, noise = torch.optim.Adam(weights, lr=lr), generator(run.seed, "i_bau")
-        z = {}
-        for task in tasks:
-            side = pixels_of(task).of(run.arrays(task).take(torch.arange(1))[0]).shape[-1]
-            z[task.name] = torch.randn(MODES[mode].knots(side), generator=noise)
+        before = {task.name: outputs(network, task, run) for task in tasks}
+        batches, optimiser = Batches(run, tasks, batch_size), torch.optim.Adam(weights, lr=lr)
+        z = perturbations(tasks, run, mode, generator(run.seed, "i_bau"))
 
         def divergence(task: Task, step: int, triggered: bool) -> torch.Tensor:
             index = batches.index(task, step)
             inputs = batches.inputs(task, index)
             if triggered:
-                how = pixels_of(task)
-                inputs = how.inputs(MODES[mode].change(z[task.name][None], how.of(inputs))[0])
+                inputs = perturbed(task, inputs, mode, z[task.name])
             logits = run.forward(network, task, inputs)
             return F.kl_div(F.log_softmax(logits, 1), before[task.name][index], log_target=True, reduction="batchmean")
 
@@ -96,7 +91,7 @@ def i_bau(
                 optimiser.zero_grad()
             history.append(total)
             run.progress("unlearning", turn + 1, rounds)
-        tensors, names = tensors_of(models)
-        return Artefact(tensors, about | {"names": names, "history": history})
+        found = trained(models)
+        return found._replace(about={**found.about, **about, "history": history})
 
     return Fusion(fit, tuned)

@@ -10,16 +10,16 @@ from torch.nn import functional as F
 
 from eutectic.fusion._fit import Batches
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
+from eutectic.fusion._losses import outputs
 from eutectic.methods._method import Count, Fraction, Positive
 from eutectic.security.defences._defended import (
     agreement,
     fill_with,
     merged,
     mined_success,
-    outputs,
     over,
     suspicions,
-    tensors_of,
+    trained,
     tuned,
 )
 from eutectic.security.triggers import pixels_of
@@ -65,7 +65,7 @@ def tbar(
         weights = fill_with(network, merged(models.base, models.experts, about))
         start = [parameter.detach().clone() for parameter in weights]
         batches, named = Batches(run, tasks, batch_size), {task.name: task for task in tasks}
-        before = outputs(network, tasks, run)
+        before = {task.name: outputs(network, task, run) for task in tasks}
         optimiser = torch.optim.Adam(weights, lr=lr)
         for step in range(steps if found else 0):
             for probe in found:
@@ -89,7 +89,7 @@ def tbar(
             looked.append((alpha, agreement(network, batches, before, run), mined_success(network, batches, found, run)))
         alpha = min((line for line in looked if line[1] >= 1 - budget), key=lambda line: line[2])[0]
         at(alpha)
-        tensors, names = tensors_of(models)
-        return Artefact(tensors, about | {"names": names, "alpha": alpha, "looked": looked})
+        kept = trained(models)
+        return kept._replace(about={**kept.about, **about, "alpha": alpha, "looked": looked})
 
     return Fusion(fit, tuned)
