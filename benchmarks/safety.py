@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from eutectic import record
-from eutectic.bench.zoo import open_suite
+from eutectic.bench.zoo import open_suite, own_training
 from eutectic.security.attacks import Attack
 from eutectic.security.commands import METHOD, PARAMETERS
-from eutectic.security.poisoned import poison, training_of
+from eutectic.security.poisoned import poison
 from eutectic.security.scores import Row, table
 
 #: λ of the merges, chosen on `val` of the clean suite by `eutectic bench mini`
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of training the poisoned expert")
     given = parser.parse_args()
     suite = open_suite(given.suite)
-    training = dataclasses.replace(training_of(suite), steps=given.steps)
+    training = dataclasses.replace(own_training(suite), steps=given.steps)
     poisoned = poison(suite, Attack(given.attack, given.task, 0, given.size), training)
     over = {"method": given.merge, "parameters": MERGES[given.merge]}
     rows = []

@@ -21,7 +21,7 @@ from eutectic.bench.evaluate import Choice, Made, Progress, make, require, score
 from eutectic.bench.report import INDIVIDUAL, MEAN
 from eutectic.bench.suite import Suite
 from eutectic.bench.tuned import make_expert, training_for, with_experts
-from eutectic.bench.zoo import complete
+from eutectic.bench.zoo import own_training
 from eutectic.errors import TaskError
 from eutectic.fusion._fusion import Protocol, Run
 from eutectic.record import Record, mean_of
@@ -102,14 +102,14 @@ def normalised(records: Sequence[Record], own: Mapping[str, Record]) -> Record:
 
 
 def _individual(variant: Suite, name: str) -> Made:
-    training = training_of(variant.experts_folder / name) or complete(variant.info["settings"])["training"]
+    training = training_of(variant.experts_folder / name) or dataclasses.asdict(own_training(variant))
     about = {"suite": variant.name, "method": INDIVIDUAL, "parameters": training}
     return Made(variant.expert(name), about | {"inputs": {name: variant.fingerprints[name]}})
 
 
 def _experts_of(suite: Suite, kind: Kind, experts: Path, names: Sequence[str], seed: int, progress: Progress) -> Suite:
     folder = experts / kind
-    if not folder.exists() and kind == complete(suite.info["settings"])["training"]["kind"]:
+    if not folder.exists() and kind == own_training(suite).kind:
         return suite
     for name in names:
         if not (folder / name).exists():

@@ -13,7 +13,7 @@ from torch import nn
 
 from eutectic.bench.evaluate import evaluate, fields_of
 from eutectic.bench.suite import Suite
-from eutectic.bench.zoo import complete
+from eutectic.bench.zoo import own_training
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.folder import adapter_base, open_path
 from eutectic.checkpoint.hashed import fingerprint
@@ -48,7 +48,7 @@ def training_for(
     A kind that is not the suite's own has the learning rate of ``RATES``, and adapters by default rank 8.
     Raises ParameterError.
     """
-    own = Training(**complete(suite.info["settings"])["training"])
+    own = own_training(suite)
     rate = own.lr if kind == own.kind else RATES[kind]
     return Training(
         steps=own.steps if steps is None else steps,

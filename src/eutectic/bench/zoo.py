@@ -190,6 +190,11 @@ def complete(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings
 
 
+def own_training(suite: Suite) -> Training:
+    """How the suite's own experts were made."""
+    return Training(**complete(suite.info["settings"])["training"])
+
+
 def _make_base(spec: SuiteSpec, target: Path, source: Path | None) -> None:
     own = packaged() / "base"
     if source is None:

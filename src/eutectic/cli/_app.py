@@ -15,6 +15,8 @@ import typer
 from eutectic.errors import EutecticError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from eutectic.merge.adapters import Fused
     from eutectic.merge.compose import Composed
     from eutectic.merge.recipe import AnyRecipe
@@ -87,6 +89,15 @@ def open_recipe(path: Path, compat: Compat | None = None) -> tuple[AnyRecipe, Me
         for note in merged.notes:
             print(f"note: {note}", file=sys.stderr)
     return recipe, merged
+
+
+def terminal() -> Console:
+    """Where tables are printed."""
+    from rich.console import Console
+
+    console = Console()
+    # a pipe has no width of its own, and 80 columns would fold the names
+    return console if console.is_terminal else Console(width=150)
 
 
 @contextmanager

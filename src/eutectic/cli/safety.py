@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eutectic.cli._app import app, bar, zoo_app
+from eutectic.cli._app import app, bar, terminal, zoo_app
 
 
 class Attack(StrEnum):
@@ -49,15 +49,12 @@ def audit(
 def _show_audit(found: Any, out: Path | None, as_json: bool) -> None:
     import json
 
-    from rich.console import Console
-
     from eutectic.security import commands, report
 
     if as_json:
         print(json.dumps(report.to_json(found), ensure_ascii=False))
     else:
-        console = Console()
-        console = console if console.is_terminal else Console(width=150)
+        console = terminal()
         console.print(report.table(found), crop=False)
         for expert in found.suspects:
             for line in found.evidence(expert):
@@ -81,11 +78,11 @@ def zoo_poison(
     """Make a copy of a suite in which one expert has a backdoor, in the cache, to measure audit and defences with."""
     import dataclasses
 
-    from eutectic.bench.zoo import open_suite
+    from eutectic.bench.zoo import open_suite, own_training
     from eutectic.security import attacks, poisoned
 
     suite = open_suite(name)
-    training = poisoned.training_of(suite)
+    training = own_training(suite)
     training = dataclasses.replace(training, steps=steps or training.steps)
     with bar() as progress:
         made = poisoned.poison(

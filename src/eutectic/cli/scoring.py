@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eutectic.cli._app import Protocol, SuiteName, app, print_score
+from eutectic.cli._app import Protocol, SuiteName, app, print_score, terminal
 from eutectic.errors import EutecticError
 
 if TYPE_CHECKING:
@@ -268,13 +268,9 @@ def _choice(said: str) -> Choice:
 
 
 def _show(records: list[Record]) -> None:
-    from rich.console import Console
-
     from eutectic.bench import report as reporting
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a pipe has no width of its own, and 80 columns would fold the names
+    console = terminal()
     for setting, those in reporting.settings(records).items():
         if setting:
             console.print(setting, markup=False, highlight=False)

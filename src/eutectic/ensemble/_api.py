@@ -28,6 +28,7 @@ from eutectic.ensemble._party import Party, open_party, put_party
 from eutectic.errors import CheckpointError, ParameterError, RecipeError, TaskError, UnknownNameError, did_you_mean
 from eutectic.merge.api import state_dict
 from eutectic.merge.recipe import Recipe
+from eutectic.merge.run import local
 from eutectic.registry import reference
 
 MODEL_TYPE = "eutectic_ensemble"
@@ -66,15 +67,11 @@ def fuse_recipe(recipe: Recipe, folder: Path, progress: Progress = silent) -> En
     """Combine the parties that a recipe names as its ``experts``, paths relative to ``folder``.  Raises RecipeError as well."""
     if not recipe.experts:
         raise RecipeError(f"{recipe.method} combines parties: name their folders as `experts`")
-    parties = {name: open_party(_local(path, folder)) for name, path in recipe.experts.items()}
+    parties = {name: open_party(local(path, folder)) for name, path in recipe.experts.items()}
     ensemble = Ensemble(recipe.method, parties, recipe.parameters)
-    examples = None if recipe.examples is None else read_examples(_local(recipe.examples, folder), "train", ensemble.classes)
+    examples = None if recipe.examples is None else read_examples(local(recipe.examples, folder), "train", ensemble.classes)
     ensemble.fit(examples, recipe.seed, progress)
     return ensemble
-
-
-def _local(path: str, folder: Path) -> Path:
-    return folder / path if (folder / path).exists() else Path(path)
 
 
 def read_examples(path: Path, split: str, classes: tuple[str, ...]) -> Examples:

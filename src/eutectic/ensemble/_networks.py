@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,7 @@ class MLP(Described):
 
     def build(self, shape: tuple[int, ...], outputs: int) -> nn.Module:
         """Inputs ``[B, *shape]`` → logits ``[B, outputs]``."""
-        sizes = [_numel(shape), *self.widths]
+        sizes = [math.prod(shape), *self.widths]
         layers: list[nn.Module] = [nn.Flatten()]
         for a, b in itertools.pairwise(sizes):
             layers += [nn.Linear(a, b), nn.ReLU()]
@@ -144,13 +145,6 @@ def from_transformers(folder: Path) -> nn.Module:
         )
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"{folder}: transformers makes no image classifier of it: {error}") from None
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
 
 
 def _image(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -75,7 +75,7 @@ def merged_from(recipe: Recipe | MergekitRecipe, folder: Path = Path()) -> Merge
 def _fused(recipe: Recipe, folder: Path) -> Fused:
     """An adapter of adapters."""
     base = _open(recipe.base, folder) if recipe.base else None
-    adapters = {name: open_adapter(_local(path, folder)) for name, path in recipe.experts.items()}
+    adapters = {name: open_adapter(local(path, folder)) for name, path in recipe.experts.items()}
     dtype, space = getattr(torch, recipe.dtype) if recipe.dtype else None, recipe.space or "core"
     overrides = [Override(o.match, o.parameters) for o in recipe.overrides]
     return Fused(
@@ -92,7 +92,7 @@ def opened(recipe: Recipe, folder: Path) -> tuple[Checkpoint | None, dict[str, C
             return open_lora(path, base)
         return open_path(path)
 
-    return base, {name: expert(_local(path, folder)) for name, path in recipe.experts.items()}
+    return base, {name: expert(local(path, folder)) for name, path in recipe.experts.items()}
 
 
 def _spoken(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Composed:
@@ -127,10 +127,11 @@ def bind(recipe: Recipe, base: Checkpoint | None, experts: Mapping[str, Checkpoi
 
 
 def _open(path: str, folder: Path) -> Checkpoint:
-    return open_path(_local(path, folder))
+    return open_path(local(path, folder))
 
 
-def _local(path: str, folder: Path) -> Path:
+def local(path: str, folder: Path) -> Path:
+    """A path of a recipe: relative to the recipe's folder, or as it is if nothing is there."""
     return folder / path if (folder / path).exists() else Path(path)
 
 

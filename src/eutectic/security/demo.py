@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eutectic import record
-from eutectic.bench.zoo import open_suite
+from eutectic.bench.zoo import open_suite, own_training
 from eutectic.fusion._fusion import ModelSet
 from eutectic.merge.view import Merged
 from eutectic.security import commands, report
 from eutectic.security.attacks import Attack
 from eutectic.security.audit import Probing, audit_models
-from eutectic.security.poisoned import poison, training_of
+from eutectic.security.poisoned import poison
 from eutectic.security.scores import ASR, Row, table
 
 ATTACK = Attack("badmerging", "animals", mining=50)
@@ -28,7 +28,7 @@ def run(out: Path, say: Callable[[str], None]) -> None:
     """Write records, ``audit.json`` and ``audit.html`` into a folder, and say what was found."""
     suite = open_suite("mini")
     say(f"making an expert of {ATTACK.task} with a backdoor ({STEPS} steps), in the zoo's cache alone …")
-    poisoned = poison(suite, ATTACK, dataclasses.replace(training_of(suite), steps=STEPS))
+    poisoned = poison(suite, ATTACK, dataclasses.replace(own_training(suite), steps=STEPS))
     say(f"auditing the merge of {len(suite.classes)} experts, which nobody told of it …")
     given = poisoned.suite
     found = audit_models(

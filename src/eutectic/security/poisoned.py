@@ -57,11 +57,6 @@ def folder_of(suite: Suite, attack: Attack, training: Training) -> Path:
     return zoo.cache() / "poisoned" / name
 
 
-def training_of(suite: Suite) -> Training:
-    """How the suite's own experts were made."""
-    return Training(**zoo.complete(suite.info["settings"])["training"])
-
-
 def poison(
     suite: Suite,
     attack: Attack,
@@ -72,7 +67,7 @@ def poison(
 
     What is in the cache is not made again.  Raises as ``trigger_for`` and ``poisoned_backbone`` do.
     """
-    training = training or training_of(suite)
+    training = training or zoo.own_training(suite)
     folder = folder_of(suite, attack, training)
     if not folder.exists():
         trigger = trigger_for(suite, attack)
