@@ -6,7 +6,7 @@ from tests.bench.cuts import cut
 
 from eutectic.bench import zoo
 from eutectic.checkpoint.views import Lerp
-from eutectic.errors import TaskError
+from eutectic.errors import TaskError, UnknownNameError
 from eutectic.fusion._api import fit, fused
 from eutectic.fusion._fusion import ModelSet, Run
 from eutectic.merge.view import Merged
@@ -132,3 +132,9 @@ def test_both_masks_of_dam_have_the_gradient_of_autograd():
     mask, mean = rescaled(sampled(torch.zeros(1000, dtype=torch.float64), 0.5, random))
     assert float(mask.mean()) == pytest.approx(1.0)
     assert 0.4 < mean < 0.6
+
+
+@pytest.mark.parametrize("name", ["dam", "i_bau"])
+def test_a_mode_of_triggers_that_there_is_not_is_refused_by_name(name, suite, models):
+    with pytest.raises(UnknownNameError, match="Did you mean 'corners'"):
+        fit(name, models, [suite.task(task) for task in TASKS], OVER | {"mode": "corner"}, Run())

@@ -114,6 +114,13 @@ MODES: dict[str, Mode] = {
 }
 
 
+def mode_of(name: str, modes: Mapping[str, Mode] = MODES) -> Mode:
+    """A family of triggers by its name.  Raises UnknownNameError."""
+    if name not in modes:
+        raise UnknownNameError(f"no mode of triggers is called {name!r}.{did_you_mean(name, modes)}")
+    return modes[name]
+
+
 class Mined(NamedTuple):
     """A trigger, the class that it takes inputs to, and its success on held-out images that the network takes for another.
 
@@ -157,8 +164,7 @@ def mine(
     Raises UnknownNameError, and TaskError for fewer than three images or no candidates.
     """
     for mode, _ in candidates:
-        if mode not in modes:
-            raise UnknownNameError(f"no mode of triggers is called {mode!r}.{did_you_mean(mode, modes)}")
+        mode_of(mode, modes)
     if len(pixels) < 3 or not candidates:
         raise TaskError(f"{len(pixels)} images and {len(candidates)} candidates: mining needs at least 3 and 1")
     held, learn = parted(len(pixels), seed)

@@ -16,7 +16,7 @@ from eutectic.fusion._losses import fill
 from eutectic.fusion._tensors import finished, laid_over, names_of
 from eutectic.merge.view import Merged
 from eutectic.security.audit import EVIDENCE, Probe, Probing, audit_models
-from eutectic.security.miner import MODES
+from eutectic.security.miner import mode_of
 from eutectic.security.triggers import pixels_of
 from eutectic.task import Task
 
@@ -76,15 +76,18 @@ def fill_with(network: nn.Module, weights: Checkpoint) -> list[nn.Parameter]:
 
 
 def perturbations(tasks: Sequence[Task], run: Run, mode: str, noise: torch.Generator) -> dict[str, Tensor]:
-    """Random parameters z of a universal trigger of a mode for each task.  Raises TaskError for one that has no images."""
+    """Random parameters z of a universal trigger of a mode for each task.
+
+    Raises TaskError for a task that has no images, UnknownNameError for a mode that there is not.
+    """
     sides = {task.name: pixels_of(task).of(run.arrays(task).take(torch.arange(1))[0]).shape[-1] for task in tasks}
-    return {name: torch.randn(MODES[mode].knots(side), generator=noise) for name, side in sides.items()}
+    return {name: torch.randn(mode_of(mode).knots(side), generator=noise) for name, side in sides.items()}
 
 
 def perturbed(task: Task, inputs: Tensor, mode: str, z: Tensor) -> Tensor:
     """A task's inputs with the trigger of parameters z, through which gradients go."""
     how = pixels_of(task)
-    return how.inputs(MODES[mode].change(z[None], how.of(inputs))[0])
+    return how.inputs(mode_of(mode).change(z[None], how.of(inputs))[0])
 
 
 @torch.no_grad()
