@@ -317,6 +317,7 @@ def main() -> None:
         f"{'peer_s':22} peer_MB ours/peer ours/peer_MB"
     )
     variants = arguments.methods.split(",")
+    before: dict[tuple[str, int], dict[str, Any]] = {}
     for variant in variants + [f"{variant} autocast" for variant in variants if fast]:
         for threads in map(int, arguments.threads.split(",")):
             settings = [arguments.size, variant, arguments.experts, arguments.steps, threads, folder]
@@ -325,6 +326,10 @@ def main() -> None:
             if arguments.peer and variant in METHODS:
                 peer = measured(arguments.peer, "--peer-child", [*settings, arguments.peer_memory], threads)
             print(row(f"{variant}, {threads}", ours, peer), flush=True)
+            before[variant, threads] = ours
+            if in_float32 := before.get((variant.removesuffix(" autocast"), threads)) if "autocast" in variant else None:
+                wall, cpu = (statistics.median(in_float32[s]) / statistics.median(ours[s]) for s in ("step_s", "step_cpu_s"))
+                print(f"  a step in bfloat16 is {wall:.2f} times as fast as in float32, in CPU seconds {cpu:.2f} times", flush=True)
 
 
 if __name__ == "__main__":
