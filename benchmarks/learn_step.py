@@ -329,7 +329,10 @@ def main() -> None:
             before[variant, threads] = ours
             if in_float32 := before.get((variant.removesuffix(" autocast"), threads)) if "autocast" in variant else None:
                 wall, cpu = (statistics.median(in_float32[s]) / statistics.median(ours[s]) for s in ("step_s", "step_cpu_s"))
-                print(f"  a step in bfloat16 is {wall:.2f} times as fast as in float32, in CPU seconds {cpu:.2f} times", flush=True)
+                print(
+                    f"  a step in bfloat16 is {wall:.2f} times as fast as in float32, in CPU seconds {cpu:.2f} times",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -20,12 +20,14 @@ from eutectic.fusion._fusion import ModelSet, Run
 PARAMETERS = {
     "smile": {"rank": 3, "gate_rank": 2},
     "smile_prototypes": {"rank": 3},
+    "smile_prototypes, looking ahead": {"rank": 3, "ahead": True},
     "wemoe": {"steps": 2, "lr": 0.1, "batch_size": 2},
     "e_wemoe": {"steps": 2, "lr": 0.1, "batch_size": 2, "density": 0.3},
 }
 
 
 def setting_of(kind, name):
+    """The models, tasks and parameters of a variant, whose method is its name's first word."""
     network, width = network_of(kind, torch.float32)
     tasks = tasks_of(kind, width, n=8, dtype=torch.float32)
     parameters = PARAMETERS[name] | ({"blocks": "(fir).*"} if "wemoe" in name and kind == "awkward" else {})
@@ -36,7 +38,7 @@ def setting_of(kind, name):
 @pytest.mark.parametrize("name", list(PARAMETERS))
 def test_saved_from_memory_and_streamed_it_loads_to_the_same_bits(name, kind, tmp_path):
     models, tasks, parameters = setting_of(kind, name)
-    mixture = eu.fuse(name, models.network, models.experts, tasks=tasks, **parameters)
+    mixture = eu.fuse(name.split(",")[0], models.network, models.experts, tasks=tasks, **parameters)
     inputs = inputs_of(kind, 3)
     inputs = inputs.float() if inputs.dtype == torch.float64 else inputs
     expected = mixture(inputs)
@@ -148,7 +150,7 @@ def test_a_fit_says_what_it_routes():
 @pytest.mark.parametrize("name", list(PARAMETERS))
 def test_a_mixture_can_be_exported(name):
     models, tasks, parameters = setting_of("vit", name)
-    mixture = eu.fuse(name, models.network, models.experts, tasks=tasks, **parameters)
+    mixture = eu.fuse(name.split(",")[0], models.network, models.experts, tasks=tasks, **parameters)
     inputs = inputs_of("vit", 4).float()
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(mixture, (inputs,), dynamic_shapes=({0: batch},))

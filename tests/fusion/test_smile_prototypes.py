@@ -91,28 +91,50 @@ def test_it_is_certain_of_what_lies_apart_and_of_nothing_where_all_lie_together(
 # ── the mixture ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def blend(x, states, c, layers):
+    """x through layers whose weights are Σᵢ cᵢ θᵢ."""
+    for at in layers:
+        weight, bias = (sum(c[i] * state[f"{at}.{key}"] for i, state in enumerate(states)) for key in ("weight", "bias"))
+        x = torch.tanh(weight @ x + bias)
+    return x
+
+
+def decision(mixture, after, x):
+    """c of the input x of the layer that decides."""
+    W, b = (mixture.artefact.tensors.read(f"{2 * after}.router.{key}") for key in ("weight", "bias"))
+    phi = torch.cat([x, x.abs()])
+    odds = [float(W[i] @ phi + b[i]) for i in range(len(b))]
+    return [math.exp(value) / sum(math.exp(other) for other in odds) for value in odds]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_it_is_the_average_before_the_decision_and_the_weighted_experts_after_it(after):
+def test_it_is_the_average_before_the_decision_and_the_weighted_experts_after_it_or_from_the_start(after, ahead):
     network = mlp()
     experts = experts_of(network, ("a", "b", "c"), noise=0.5)
-    tasks = tasks_at({"a": 1.0, "b": 0.0, "c": -1.0})
-    mixture = fused(network, experts, tasks, after=after)
-    states = [eu.state_dict(weights) for weights in experts.values()]
-    W, b = (mixture.artefact.tensors.read(f"{2 * after}.router.{key}") for key in ("weight", "bias"))
-    inputs, expected = drawn(7, 6), []
+    mixture = fused(network, experts, tasks_at({"a": 1.0, "b": 0.0, "c": -1.0}), after=after, ahead=ahead)
+    states, layers, expected = [eu.state_dict(weights) for weights in experts.values()], (0, 2, 4), []
+    inputs = drawn(7, 6)
     for x in inputs:
-        c = [1 / 3] * 3
-        for at in (0, 2, 4):
-            if at == 2 * after:
-                phi = torch.cat([x, x.abs()])
-                odds = [float(W[i] @ phi + b[i]) for i in range(3)]
-                c = [math.exp(value) / sum(math.exp(other) for other in odds) for value in odds]
-            weight, bias = (sum(c[i] * state[f"{at}.{key}"] for i, state in enumerate(states)) for key in ("weight", "bias"))
-            x = torch.tanh(weight @ x + bias)
-        expected.append(x)
+        before = blend(x, [eu.state_dict(base_of(network))] if ahead else states, [1] if ahead else [1 / 3] * 3, layers[:after])
+        c = decision(mixture, after, before)
+        expected.append(blend(x if ahead else before, states, c, layers if ahead else layers[after:]))
     torch.testing.assert_close(mixture(inputs), torch.stack(expected), rtol=0, atol=1e-6)
     assert list(gates(mixture)) == [str(2 * after)]
-    assert sum(isinstance(module, LowRankOfSample) for module in mixture.modules()) == 3 - after
+    assert sum(isinstance(module, LowRankOfSample) for module in mixture.modules()) == (3 if ahead else 3 - after)
+
+
+def test_a_look_ahead_ends_whatever_happens_and_fills_no_cache():
+    transformers = pytest.importorskip("transformers")
+    network, width = network_of("gpt2")
+    mixture = fused(network, experts_of(network), tasks_of("gpt2", width), rank=2, ahead=True)
+    ids = inputs_of("gpt2", 3)
+    expected = mixture(ids)
+    with pytest.raises(RuntimeError, match="indices"):
+        mixture(ids.float())
+    assert torch.equal(mixture(ids), expected)
+    with pytest.raises(LayoutError, match="use_cache=False"):
+        mixture(ids, past_key_values=transformers.DynamicCache())
 
 
 def test_what_the_router_was_fitted_to_is_the_input_of_its_layer_in_the_average():

@@ -127,7 +127,9 @@ def bench(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="For pareto: a task of the front; two or more. For tuning: all by default. For vectors: the two."),
+        typer.Option(
+            help="For pareto: tasks of the front, two or more. For robustness and tuning: all by default. For vectors: the two."
+        ),
     ] = None,
     experts: Annotated[
         Path | None,
@@ -145,8 +147,8 @@ def bench(
 
     seen: Any = [p.value for p in protocol or [Protocol.inductive]]
     out = out or Path("runs") / Path(suite).name
-    if task and study not in (Study.pareto, Study.tuning, Study.vectors):
-        raise EutecticError("--task is for --study pareto, tuning and vectors")
+    if task and study not in (Study.pareto, Study.robustness, Study.tuning, Study.vectors):
+        raise EutecticError("--task is for --study pareto, robustness, tuning and vectors")
     if experts and study not in (Study.tuning, Study.vectors):
         raise EutecticError("--experts is for --study tuning and vectors")
     if study is not Study.robustness and (corruption or severity):
@@ -164,7 +166,7 @@ def bench(
         case Study.generalisation:
             _scored(suite, out, method, functools.partial(protocols.generalisation, **how))
         case Study.robustness:
-            how |= {"kinds": corruption or list(corruptions.KINDS), "severities": severity or [3]}
+            how |= {"kinds": corruption or list(corruptions.KINDS), "severities": severity or [3], "tasks": task}
             _scored(suite, out, method, functools.partial(protocols.robustness, **how))
         case Study.pareto:
             drawn = fronts.figure() if len(task or []) in fronts.PANELS else None

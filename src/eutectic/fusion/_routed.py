@@ -159,18 +159,46 @@ class Shared:
         """With what is known of the samples' tokens."""
         self.padding = padding
         self.c: Tensor | None = None
+        #: whether each forward pass begins with a look ahead, and whether this is one
+        self.ahead = self.looking = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Coefficients are of one forward pass."""
-        return {"padding": self.padding, "c": None}
+        return {"padding": self.padding, "c": None, "ahead": self.ahead, "looking": False}
+
+
+class Decided(Exception):
+    """The layer that decides was reached, so the look ahead may end."""
+
+
+class LookAhead:
+    """A hook before a network's ``forward``: go through the base until the decision, which then holds from the first layer."""
+
+    def __init__(self, shared: Shared) -> None:
+        """Of the block that decides."""
+        self.shared = shared
+        shared.ahead = True
+
+    def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raises LayoutError for a cache of earlier tokens, which a second pass would fill twice."""
+        if kwargs.get("past_key_values") is not None:
+            raise LayoutError("a mixture that looks ahead sees whole samples: call it with use_cache=False")
+        self.shared.looking = True
+        try:
+            network.forward(*args, **kwargs)
+        except Decided:
+            pass
+        finally:
+            self.shared.looking = False
 
 
 class MergedExperts(Routed, ABC):
     """A linear layer with N experts whose matrices are merged for each sample, by the coefficients of its block.
 
     The first layer of a block has the block's ``router``: c = its mean over a sample's tokens.  Tokens of padding do not
-    count, as far as the network is told of them by an ``attention_mask`` ``[B, T]``.  ``shift`` is d ``[N, m]``, for layers
-    with a bias.  How D is held is up to those that implement ``product``.
+    count, as far as the network is told of them by an ``attention_mask`` ``[B, T]``.  Any layer of a block can have it where
+    the network looks ahead (``LookAhead``).  ``shift`` is d ``[N, m]``, for layers with a bias.  How D is held is up to those
+    that implement ``product``.
     """
 
     def __init__(self, linear: nn.Linear, experts: int, shared: Shared, router: nn.Module | None) -> None:
@@ -179,13 +207,19 @@ class MergedExperts(Routed, ABC):
         self.experts, self.shared, self.router = experts, shared, router
         self.shift = None if self.bias is None else self.expected(experts, self.out_features)
 
+    @property
+    def decides(self) -> bool:
+        """Whether this layer chooses for its block, in this pass."""
+        return self.router is not None and self.shared.looking == self.shared.ahead
+
     @abstractmethod
     def product(self, x: Tensor, c: Tensor) -> Tensor:
         """(W₀ + Σᵢ cᵢDᵢ) x ``[B, T, m]`` of ``[B, T, n]`` and ``[B, N]``."""
 
     def choice(self, input: Tensor) -> Tensor:
         """The coefficients ``[B, N]`` of samples ``[B, …, n]``.  Raises LayoutError if the block's first layer saw others."""
-        if self.router is not None:
+        if self.decides:
+            assert self.router is not None
             return self.shared.padding.mean(self.router(input))
         c = self.shared.c
         if c is None or c.shape[0] != input.shape[0]:
@@ -194,7 +228,13 @@ class MergedExperts(Routed, ABC):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[B, …, n]`` → ``[B, …, m]``."""
+        if self.shared.looking and not self.decides:
+            return self.base(input)
         c = self.shared.c = self.choice(input)
+        if self.shared.looking:
+            if torch.compiler.is_compiling():  # no exception can be traced; a compiler drops what follows
+                return self.base(input)
+            raise Decided
         c, x = c.to(self.weight.dtype), input.reshape(input.shape[0], -1, input.shape[-1])
         y = self.product(x, c)
         if self.shift is not None:
@@ -214,7 +254,7 @@ class LowRankOfSample(MergedExperts):
     def choice(self, input: Tensor) -> Tensor:
         """See ``MergedExperts``."""
         found = super().choice(input)
-        return found if self.router is None else found.softmax(-1)
+        return found.softmax(-1) if self.decides else found
 
     def product(self, x: Tensor, c: Tensor) -> Tensor:
         """Through the factors: no matrix is merged."""

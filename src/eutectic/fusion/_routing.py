@@ -16,6 +16,7 @@ from eutectic.errors import LayoutError
 from eutectic.fusion._routed import (
     DenseExperts,
     Description,
+    LookAhead,
     LowRankExperts,
     LowRankOfSample,
     MergedExperts,
@@ -125,6 +126,9 @@ def routed(network: nn.Module, layers: Mapping[str, Description], weights: Check
             setattr(network.get_submodule(parent), name, new[module])
     if any("router" in about for about in layers.values()):
         padding.listen(network)
+    for about in layers.values():
+        if about.get("router", {}).get("ahead"):
+            network.register_forward_pre_hook(LookAhead(blocks[str(about.get("block"))]), with_kwargs=True)
     return new.get(network, network)
 
 

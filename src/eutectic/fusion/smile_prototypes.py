@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eutectic.checkpoint.base import Checkpoint, Memory
+from eutectic.checkpoint.views import Select
 from eutectic.errors import ParameterError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import fill
@@ -20,7 +21,6 @@ from eutectic.fusion._lowrank import low_rank_layers, with_factors
 from eutectic.fusion._routed import Padding, module_of
 from eutectic.fusion._routing import Discriminant, linears, named
 from eutectic.fusion._tensors import chosen, own_tasks
-from eutectic.merge.view import Merged
 from eutectic.methods._method import Count
 from eutectic.task import Task
 
@@ -31,21 +31,25 @@ BLOCK = re.compile(r"(.*?\d+)(?:\..*)?")
 SHRINKAGE, EVERY = 0.1, 4
 
 
-def smile_prototypes(rank: Count = 32, after: Annotated[int, Field(ge=0)] = 1, samples: Count = 256) -> Fusion:
+def smile_prototypes(
+    rank: Count = 32, after: Annotated[int, Field(ge=0)] = 1, ahead: bool = False, samples: Count = 256
+) -> Fusion:
     """Keep the experts' strongest directions, and weight them for each sample by which expert's inputs it is like.
 
         y = W₀x + b₀ + Σᵢ cᵢ (Uᵢ Sᵢ Vᵢᵀ x + bᵢ − b₀),     Wᵢ − W₀ ≈ Uᵢ Sᵢ Vᵢᵀ
         c = softmax over i of  (φ̄ − μ̄)ᵀ Σ⁻¹ (μᵢ − μ̄) / t − …,     φ̄ = mean over tokens of (h, |h|)
 
-    h is the input of the first layer after the first ``after`` blocks.  These are the experts' average, as is all that is no
-    linear layer, so h is the same whoever is chosen.  The prototype μᵢ is the mean of φ̄ over inputs of expert i's task, μ̄ the
-    mean of these, Σ the covariance within tasks; the rest of the exponent is Gauss's.  One decision holds for all layers.  The
-    temperature t is that under which inputs that were held out are most likely, so that a sample that might be any expert's
-    gets about their average.
+    h is the input of the first layer after the first ``after`` blocks.  These are the experts' average (or, for a look
+    ahead, the base), as is all that is no linear layer, so h is the same whoever is chosen.  The prototype μᵢ is the
+    mean of φ̄ over inputs of expert i's task, μ̄ the mean of these, Σ the covariance within tasks; the rest of the
+    exponent is Gauss's.  One decision holds for all layers.  The temperature t is that under which inputs that were
+    held out are most likely, so that a sample that might be any expert's gets about their average.
 
     Args:
         rank: directions kept of each expert and matrix, at most; as many as the matrix has are lossless.
         after: blocks before the decision, which then knows more and comes to fewer layers.
+        ahead: look ahead: go through the base's blocks up to the decision, and begin anew once it is made, so that it comes to
+            all layers.  The network costs those blocks' time more.
         samples: unlabelled inputs that are looked at, of each task.
 
     A layer m × n with N experts grows by N (rank n + rank m + m) numbers, and the router has N (2 n + 1).  A sample is all that
@@ -67,12 +71,16 @@ def smile_prototypes(rank: Count = 32, after: Annotated[int, Field(ge=0)] = 1, s
         if len(order) <= after:
             raise ParameterError(f"after = {after}: experts differ in {len(order)} blocks of the network", ("after",))
         leader = next(layer for layer in sizes if blocks.get(layer) == order[after])
-        kept = list(sizes)[list(sizes).index(leader) :]
-        W, b = discriminant(_features(models, leader, [(task, chosen(task, samples, run)) for task in own.values()], run))
+        kept = list(sizes)[0 if ahead else list(sizes).index(leader) :]
+        layers = {layer: {**sizes[layer], "block": ""} for layer in kept}
+        before = with_factors(
+            models.base, models.experts, Artefact(Memory({}), {"layers": layers, "own": names}), averaged=True
+        )
+        seen = [(task, chosen(task, samples, run)) for task in own.values()]
+        W, b = discriminant(_features(models, before, leader, seen, run))
         dtype = models.base.spec(names[leader][0][0]).dtype
         router = {named(leader, f"router.{key}"): tensor.to(dtype) for key, tensor in (("weight", W), ("bias", b))}
-        layers = {layer: {**sizes[layer], "block": ""} for layer in kept}
-        layers[leader]["router"] = {"kind": "discriminant"}
+        layers[leader]["router"] = {"kind": "discriminant", "ahead": ahead}
         return Artefact(Memory(router), {"layers": layers, "own": names})
 
     def build(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Checkpoint:
@@ -82,10 +90,10 @@ def smile_prototypes(rank: Count = 32, after: Annotated[int, Field(ge=0)] = 1, s
 
 
 @torch.no_grad()
-def _features(models: ModelSet, leader: str, seen: Sequence[tuple[Task, Tensor]], run: Run) -> list[Tensor]:
-    """φ̄ ``[S, 2 n]`` of inputs of each task, in the experts' average."""
+def _features(models: ModelSet, before: Checkpoint, leader: str, seen: Sequence[tuple[Task, Tensor]], run: Run) -> list[Tensor]:
+    """φ̄ ``[S, 2 n]`` of inputs of each task, with the weights that they meet before the decision."""
     network, padding, found = copy.deepcopy(models.network), Padding(), list[list[Tensor]]()
-    fill(network, Merged("average", models.base, models.experts))
+    fill(network, Select(before, models.base.specs.__contains__))
     padding.listen(network)
     module_of(linears(network)[leader]).register_forward_pre_hook(
         lambda module, args: found[-1].append(padding.mean(Discriminant.features(args[0])).double().cpu())
