@@ -75,6 +75,50 @@ def _mean(by_seed: dict[int, record.Record]) -> float:
     return statistics.mean(r.value for r in by_seed.values())
 
 
+def reach_page() -> str:
+    """Fused networks on tasks that none of their experts knew, and on corrupted images: a table for each file of records."""
+    parts = [
+        "# Unseen tasks and corrupted images: results\n\n"
+        "Written by `make docs` from the records in `benchmarks/results`.  Mean accuracy over tasks in percent, ± its\n"
+        "standard deviation over seeds, where there are several.\n"
+    ]
+    for path in sorted(RESULTS.glob("*-generalisation.jsonl")):
+        partings: dict[str, dict[str, dict[str, list[float]]]] = {}
+        for found in record.load(path):
+            rows = partings.setdefault(found.protocol.removeprefix("generalisation: unseen ").split(";")[0], {})
+            rows.setdefault(found.method, {}).setdefault(found.task, []).append(100 * found.value)
+        parts.append(f"## {path.name.removesuffix('-generalisation.jsonl')}: unseen tasks\n")
+        parts.append("Only the seen tasks' experts are fused; all tasks have their heads.\n")
+        heads = [f"without {unseen}: {which}" for unseen in partings for which in ("seen", "unseen")]
+        lines = [f"| method | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+        for method in dict.fromkeys(method for rows in partings.values() for method in rows):
+            cells = [
+                rows.get(method, {}).get(f"mean of {which}", []) for rows in partings.values() for which in ("seen", "unseen")
+            ]
+            lines.append(f"| {method} | {' | '.join(_spread(cell, statistics.mean, 1) for cell in cells)} |")
+        parts.append("\n".join(lines) + "\n")
+    for path in sorted(RESULTS.glob("*-robustness.jsonl")):
+        table: dict[tuple[str, str], dict[str, list[float]]] = {}
+        tasks: dict[str, None] = {}
+        for found in record.load(path):
+            adapted = found.protocol.removeprefix("robustness: adapted to ").split(" ")[0]
+            if found.task == "mean":
+                table.setdefault((found.method, adapted), {}).setdefault(found.split, []).append(100 * found.value)
+            else:
+                tasks[found.task] = None
+        splits = list(dict.fromkeys(split for row in table.values() for split in row))
+        parts.append(f"## {path.name.removesuffix('-robustness.jsonl')}: corrupted images\n")
+        parts.append(f"Tasks: {', '.join(tasks)}.  A column is a corruption and its severity, 1 to 5.\n")
+        heads = [split.removeprefix("test, ").replace("test", "clean") for split in splits]
+        lines = [f"| method | adapted to | {' | '.join(heads)} | mean of corrupted |", f"|---|---|{'---:|' * (len(heads) + 1)}"]
+        for (method, adapted), cells_of in table.items():
+            worse = [value for split, values in cells_of.items() if split != "test" for value in values]
+            cells = [*(cells_of.get(split, []) for split in splits), [statistics.mean(worse)]]
+            lines.append(f"| {method} | {adapted} | {' | '.join(_spread(cell, statistics.mean, 1) for cell in cells)} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
 def language_page() -> str:
     """Fused language models: perplexity on each domain, and its ratio to the base's."""
     parts = [
@@ -140,11 +184,11 @@ def reuse_page() -> str:
     return "\n".join(parts)
 
 
-def _spread(values: list[float], middle: Callable[[list[float]], float]) -> str:
+def _spread(values: list[float], middle: Callable[[list[float]], float], digits: int = 2) -> str:
     if not values:
         return "–"
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 and middle is statistics.mean else ""
-    return f"{middle(values):.2f}{deviation}"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and middle is statistics.mean else ""
+    return f"{middle(values):.{digits}f}{deviation}"
 
 
 def cli_page() -> str:
@@ -167,7 +211,7 @@ def main() -> int:
     """Write the pages, or compare them."""
     stale = 0
     pages = {"methods.md": methods_page(), "cli.md": cli_page(), "fitted.md": fitted_page(), "language.md": language_page()}
-    pages["reuse-results.md"] = reuse_page()
+    pages |= {"reuse-results.md": reuse_page(), "reach.md": reach_page()}
     for name, text in pages.items():
         path = DOCS / name
         if "--check" not in sys.argv:

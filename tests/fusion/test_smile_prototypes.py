@@ -124,6 +124,25 @@ def test_it_is_the_average_before_the_decision_and_the_weighted_experts_after_it
     assert sum(isinstance(module, LowRankOfSample) for module in mixture.modules()) == (3 if ahead else 3 - after)
 
 
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_after_a_look_ahead_every_matrix_and_the_patches_are_the_weighted_experts(kind):
+    network, width = network_of(kind)
+    experts, inputs = experts_of(network), inputs_of(kind, 4)
+    mixture = fused(network, experts, tasks_of(kind, width), ahead=True)
+    together, (gate,) = mixture(inputs), gates(mixture).values()
+    states = [eu.state_dict(weights) for weights in experts.values()]
+    convolved = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
+    assert all(isinstance(mixture.get_submodule(name), LowRankOfSample) for name in convolved)
+    assert bool(convolved) == (kind == "vit")
+    layers = {name for name, module in mixture.named_modules() if isinstance(module, LowRankOfSample)}
+    for x, c, y in zip(inputs, gate.shared.c.detach(), together, strict=True):
+        weights = {}
+        for name in network.state_dict():
+            share = c if name.rpartition(".")[0] in layers else torch.full_like(c, 1 / len(c))
+            weights[name] = sum(float(w) * state[name] for w, state in zip(share, states, strict=True))
+        torch.testing.assert_close(torch.func.functional_call(network, weights, (x[None],))[0], y, rtol=0, atol=1e-5)
+
+
 def test_a_look_ahead_ends_whatever_happens_and_fills_no_cache():
     transformers = pytest.importorskip("transformers")
     network, width = network_of("gpt2")

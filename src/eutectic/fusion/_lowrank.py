@@ -32,11 +32,11 @@ def most_directions(base: Checkpoint, weights: Checkpoint, name: str) -> int:
     found = _adapter(start, weights, name)
     if found is not None:
         return min(found.left.shape[1], *start.shape) if found.left.any() and found.right.any() else 0
-    return 0 if torch.equal(weights.read(name), start) else min(start.shape)
+    return 0 if torch.equal(weights.read(name), start) else min(start.flatten(1).shape)
 
 
 def change(base: Checkpoint, expert: str, weights: Checkpoint, name: str, most: int) -> Svd:
-    """The strongest singular components of an expert's change of a matrix; none that is rounding.
+    """The strongest singular components of an expert's change of a matrix; none that is rounding.  Of a convolution's too.
 
     Exact if an adapter over the same weights makes it, or if it is small; else as good as ``sketched`` says.
     Raises NonFiniteError naming the expert and the tensor.
@@ -48,8 +48,8 @@ def change(base: Checkpoint, expert: str, weights: Checkpoint, name: str, most: 
             raise NonFiniteError(f"expert {expert!r} ({weights.origin}) holds a NaN or Inf in {name!r}")
         return svd_of_product(found.left.to(wide(start)), found.right.to(wide(start)), most)
     eps = max(torch.finfo(dtype).eps for dtype in (start.dtype, weights.spec(name).dtype))
-    delta = difference(base, expert, weights, name)
-    return sketched(delta, most, zlib.crc32(name.encode()), rounding(start.to(wide(start)), eps))
+    delta = difference(base, expert, weights, name).flatten(1)
+    return sketched(delta, most, zlib.crc32(name.encode()), rounding(start.to(wide(start)).flatten(1), eps))
 
 
 def _adapter(start: Tensor, weights: Checkpoint, name: str) -> Thin | None:
@@ -90,7 +90,8 @@ class Factors(Checkpoint):
         self._held: dict[str, dict[str, Tensor]] = {}
         self._specs: dict[str, TensorSpec] = {}
         for prefix, (weight, bias, directions, rank, turned) in layers.items():
-            (m, n), dtype, N = base.spec(weight).shape[:: -1 if turned else 1], base.spec(weight).dtype, len(experts)
+            spec, N = base.spec(weight), len(experts)
+            (m, n), dtype = ((spec.shape[0], spec.numel // spec.shape[0])[:: -1 if turned else 1]), spec.dtype
             self._specs[f"{prefix}right"] = TensorSpec((N, directions, n), dtype)
             self._specs[f"{prefix}left"] = TensorSpec((m, N, rank), dtype)
             if bias is not None:
@@ -150,14 +151,14 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def low_rank_layers(
-    models: ModelSet, run: Run, rank: int, directions: int
+    models: ModelSet, run: Run, rank: int, directions: int, *, patches: bool = False
 ) -> tuple[dict[str, Description], dict[str, list[list[str]]]]:
     """The linear layers that any expert changed: the sizes of their factors, and the base's names of weight and bias.
 
-    No more than a matrix has, or than adapters have.  Raises LayoutError if there are none.
+    No more than a matrix has, or than adapters have.  See ``linears`` for ``patches``.  Raises LayoutError if there are none.
     """
     base, experts = models.base, models.experts
-    names, layers = names_of(models), linears(models.network)
+    names, layers = names_of(models), linears(models.network, patches)
     sizes, own = dict[str, Description](), dict[str, list[list[str]]]()
     for number, (layer, linear) in enumerate(layers.items(), start=1):
         run.progress("linear layers", number, len(layers))

@@ -10,7 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,14 @@ def coefficients(scores: Tensor, top: int) -> Tensor:
     return torch.zeros_like(scores).scatter(-1, which, best.softmax(-1))
 
 
-class Turned(nn.Linear):
-    """A linear layer that stands for a ``Conv1D`` of transformers, such as GPT-2's, whose weight is Wᵀ ``[n, m]``."""
+class StandIn(nn.Linear):
+    """A linear layer that stands for a module of another kind, and has that one's own parameters."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """With the module's own parameters."""
-        weight = module.get_parameter("weight")
-        super().__init__(*weight.shape, bias=False, device="meta")
-        self.weight, self.bias = weight, module.get_parameter("bias")
+    def __init__(self, module: nn.Module, inputs: int, outputs: int) -> None:
+        """Of this module."""
+        super().__init__(inputs, outputs, bias=False, device="meta")
+        self.weight = module.get_parameter("weight")
+        self.register_parameter("bias", dict(module.named_parameters(recurse=False)).get("bias"))
         self.train(module.training)
         self._stands_for = [module]  # in a list, as it is no part of this one
 
@@ -45,9 +45,33 @@ class Turned(nn.Linear):
         return self._stands_for[0]
 
 
+class Turned(StandIn):
+    """For a ``Conv1D`` of transformers, such as GPT-2's, whose weight is Wᵀ ``[n, m]``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Of this module."""
+        super().__init__(module, *module.get_parameter("weight").shape)
+
+
+class Patches(StandIn):
+    """For a convolution whose windows lie side by side, such as what makes an image's patches tokens: W ``[m, C, h, w]``."""
+
+    def __init__(self, module: nn.Conv2d) -> None:
+        """Of this module."""
+        super().__init__(module, module.weight[0].numel(), module.out_channels)
+
+    @staticmethod
+    def are(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+        """Whether a module is such a convolution."""
+        return type(module) is nn.Conv2d and (
+            module.kernel_size == module.stride
+            and (module.padding, module.dilation, module.groups) == ((0, 0), (1, 1), 1)  # not "valid", which nobody writes
+        )
+
+
 def module_of(linear: nn.Linear) -> nn.Module:
     """The network's own module of one of its ``linears``."""
-    return linear.module if isinstance(linear, Turned) else linear
+    return linear.module if isinstance(linear, StandIn) else linear
 
 
 class Routed(nn.Linear):
@@ -61,16 +85,28 @@ class Routed(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.turned = isinstance(linear, Turned)
+        self.window = tuple(linear.weight.shape[2:]) if isinstance(linear, Patches) else ()
         self.train(linear.training)
 
     @property
     def matrix(self) -> Tensor:
         """W₀ ``[m, n]``."""
-        return self.weight.T if self.turned else self.weight
+        return self.weight.T if self.turned else self.weight.flatten(1)
+
+    def tokens(self, input: Tensor) -> Tensor:
+        """What the matrix is applied to: ``[…, n]`` as it is, the windows ``[B, H/h, W/w, n]`` of images ``[B, C, H, W]``."""
+        if not self.window:
+            return input
+        h, w = self.window
+        return input.unfold(2, h, h).unfold(3, w, w).permute(0, 2, 3, 1, 4, 5).flatten(3)
+
+    def output(self, y: Tensor) -> Tensor:
+        """Of the tokens' ``[…, m]``, what the layer stands for would give."""
+        return y.movedim(-1, 1) if self.window else y
 
     def base(self, input: Tensor) -> Tensor:
         """W₀x + b₀."""
-        return F.linear(input, self.matrix, self.bias)
+        return self.output(F.linear(self.tokens(input), self.matrix, self.bias))
 
     def expected(self, *shape: int) -> nn.Parameter:
         """A tensor of the experts that is still to come, on the device ``meta``; it needs no gradient.  Raises LayoutError."""
@@ -235,11 +271,11 @@ class MergedExperts(Routed, ABC):
             if torch.compiler.is_compiling():  # no exception can be traced; a compiler drops what follows
                 return self.base(input)
             raise Decided
-        c, x = c.to(self.weight.dtype), input.reshape(input.shape[0], -1, input.shape[-1])
-        y = self.product(x, c)
+        c, tokens = c.to(self.weight.dtype), self.tokens(input)
+        y = self.product(tokens.reshape(tokens.shape[0], -1, tokens.shape[-1]), c)
         if self.shift is not None:
             y = y + (self.bias + c @ self.shift)[:, None]
-        return y.view(*input.shape[:-1], self.out_features)
+        return self.output(y.view(*tokens.shape[:-1], self.out_features))
 
 
 class LowRankOfSample(MergedExperts):

@@ -21,6 +21,7 @@ from eutectic.fusion._routed import (
     LowRankOfSample,
     MergedExperts,
     Padding,
+    Patches,
     Routed,
     Shared,
     SparseExperts,
@@ -74,16 +75,18 @@ def named(layer: str, key: str) -> str:
     return f"{layer}.{key}" if layer else key
 
 
-def linears(network: nn.Module) -> dict[str, nn.Linear]:
+def linears(network: nn.Module, patches: bool = False) -> dict[str, nn.Linear]:
     """The linear layers of a network by the name of their weight in its state dict, less ``.weight``.
 
-    Layers that are used twice are there once, and transformers' ``Conv1D`` is there as ``Turned``.
+    Layers that are used twice are there once, and transformers' ``Conv1D`` is there as ``Turned``; with ``patches``,
+    convolutions are there as ``Patches``.
     Raises LayoutError for PyTorch's own attention and transformer layers, which read their layers' weights past ``forward``.
     """
     for path, module in network.named_modules():
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise LayoutError(f"{path or 'the network'} is a torch.nn.{type(module).__name__}, whose layers cannot be routed")
-    return {name: layer for name, layer in _linears(network) if type(layer) in (nn.Linear, Turned)}
+    kinds = (nn.Linear, Turned, Patches) if patches else (nn.Linear, Turned)
+    return {name: layer for name, layer in _linears(network) if type(layer) in kinds}
 
 
 def _linears(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -94,6 +97,8 @@ def _linears(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for path, module in network.named_modules():
         if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
             module = Turned(module)
+        elif Patches.are(module):
+            module = Patches(module)
         if isinstance(module, nn.Linear):
             known = names[id(module.weight)]
             # a state dict may leave out a prefix that the path has, and a tied weight goes by several names
@@ -108,7 +113,7 @@ def routed(network: nn.Module, layers: Mapping[str, Description], weights: Check
     """
     if not layers:
         return network  # whatever layers it has
-    known, new = linears(network), dict[nn.Module, Routed]()
+    known, new = linears(network, patches=True), dict[nn.Module, Routed]()
     padding, routers = Padding(), dict[str, nn.Module]()
     blocks = {str(about.get("block")): Shared(padding) for about in layers.values()}
     for name, about in layers.items():

@@ -49,7 +49,7 @@ def smile_prototypes(
         rank: directions kept of each expert and matrix, at most; as many as the matrix has are lossless.
         after: blocks before the decision, which then knows more and comes to fewer layers.
         ahead: look ahead: go through the base's blocks up to the decision, and begin anew once it is made, so that it comes to
-            all layers.  The network costs those blocks' time more.
+            all layers, to a convolution that makes patches tokens as well.  The network costs those blocks' time more.
         samples: unlabelled inputs that are looked at, of each task.
 
     A layer m × n with N experts grows by N (rank n + rank m + m) numbers, and the router has N (2 n + 1).  A sample is all that
@@ -64,9 +64,9 @@ def smile_prototypes(
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
         own = own_tasks(models, tasks)
-        sizes, names = low_rank_layers(models, run, rank, rank)
+        sizes, names = low_rank_layers(models, run, rank, rank, patches=ahead)
         numbered = {layer: match[1] for layer in sizes if (match := BLOCK.fullmatch(layer))}
-        blocks = numbered or {layer: layer for layer in sizes}
+        blocks = numbered or {layer: layer for layer in sizes if layer in linears(models.network)}
         order = list(dict.fromkeys(blocks.values()))
         if len(order) <= after:
             raise ParameterError(f"after = {after}: experts differ in {len(order)} blocks of the network", ("after",))
