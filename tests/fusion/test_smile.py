@@ -119,6 +119,20 @@ def test_gpt2s_transposed_weights_are_routed_too(monkeypatch):
         torch.testing.assert_close(mixture(inputs), filled(network, weights)(inputs), rtol=0, atol=1e-8)
 
 
+def test_a_convolution_of_windows_side_by_side_has_experts_and_no_other_has():
+    torch.manual_seed(0)
+    for stride, padding, routed in ((2, 0, True), (1, 0, False), (2, 1, False)):
+        network = nn.Sequential(nn.Conv2d(3, 4, 2, stride, padding), nn.Flatten(), nn.LazyLinear(2)).double().eval()
+        images = torch.randn(5, 3, 7, 6, dtype=torch.float64)  # of seven rows the last is in no window
+        network(images)
+        (expert,) = experts_of(network, ("a",)).values()
+        mixture = eu.fuse("smile", network, {"a": expert, "b": expert}, tasks=[], rank=99)
+        assert isinstance(mixture[0], LowRankExperts) == routed
+        start = {key: tensor for key, tensor in network.state_dict().items() if key.startswith("0.")}
+        both = eu.state_dict(expert) | ({} if routed else start)
+        torch.testing.assert_close(mixture(images), torch.func.functional_call(network, both, images), rtol=0, atol=1e-6)
+
+
 def test_what_is_cut_off_is_what_the_smaller_singular_values_hold():
     network = mlp(widths=(12, 10))
     experts = experts_of(network, ("a",), noise=1)

@@ -145,14 +145,15 @@ class LowRankExperts(Routed):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[…, n]`` → ``[…, m]``."""
-        z = along(input, self.right)
+        tokens = self.tokens(input)
+        z = along(tokens, self.right)
         c = self._chosen(z)
-        y = self.base(input) + back(z[..., : self.left.shape[2]] * c[..., None], self.left)
-        return y if self.shift is None else y + c @ self.shift
+        y = F.linear(tokens, self.matrix, self.bias) + back(z[..., : self.left.shape[2]] * c[..., None], self.left)
+        return self.output(y if self.shift is None else y + c @ self.shift)
 
     def choice(self, input: Tensor) -> Tensor:
         """The coefficients ``[…, N]`` that tokens ``[…, n]`` give the experts."""
-        return self._chosen(along(input, self.right))
+        return self._chosen(along(self.tokens(input), self.right))
 
     def _chosen(self, z: Tensor) -> Tensor:
         return coefficients(torch.linalg.vector_norm(z[..., : self.gate], dim=-1), self.top)

@@ -40,14 +40,16 @@ def smile(rank: Count = 32, gate_rank: Count = 16, top_k: Count = 1, rest: Liter
     weights past ``forward``.  Reading what is built raises NonFiniteError naming an expert and tensor.
 
     Source: Tang et al., 2024, arXiv:2408.10174, section 4.  Differs from the paper in that gate and experts share one product;
+    that a convolution whose windows lie side by side, as a vision transformer's first, has experts, as it is linear in patches;
     that a layer of which only biases changed takes their mean, where the paper's keeps the base's; and that there are no dense
     experts.
     """
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
-        sizes, own = low_rank_layers(models, run, rank, max(rank, gate_rank))
+        sizes, own = low_rank_layers(models, run, rank, max(rank, gate_rank), patches=True)
         for layer, about in sizes.items():
-            width = models.base.spec(own[layer][0][0]).shape[0 if about["turned"] else 1]
+            weight = models.base.spec(own[layer][0][0])
+            width = weight.shape[0] if about["turned"] else weight.numel // weight.shape[0]
             sizes[layer] = {**about, "top": top_k, "gate": min(gate_rank, width - 1)}
         return Artefact(Memory({}), {"layers": sizes, "own": own})
 
