@@ -96,6 +96,7 @@ def test_what_a_trigger_teaches_is_taken_away(suite, models, suspicion, monkeypa
 LEARN = {
     "i_bau": {"rounds": 1, "inner": 1, "steps": 1},
     "dam": {"steps": 1},
+    "ft_sam": {"steps": 1},
     "lfpm": {"steps": 1, "mining": 1, "budget": 1.0, "most": 0.0},
 }
 
@@ -103,7 +104,7 @@ LEARN = {
 @pytest.mark.parametrize(("name", "some"), LEARN.items())
 def test_defences_that_learn_are_seeded_and_change_what_they_should(suite, models, name, some):
     given = OVER | some | {"batch_size": 2}
-    first, again = (fused(suite.base, suite.experts(), fit(name, models, suite.tasks, given, Run())) for _ in range(2))
+    first, again = (fused(suite.base, suite.experts(), fit(name, models, suite.tasks[:1], given, Run())) for _ in range(2))
     assert same(first, again, 0.0)
     assert first.specs == suite.base.specs
     plain = Merged("task_arithmetic", suite.base, suite.experts(), OVER["parameters"])
@@ -114,7 +115,7 @@ def test_defences_that_learn_are_seeded_and_change_what_they_should(suite, model
 def test_defences_need_images(suite, models):
     task = suite.task("letters")
     blind = Task("letters", task.head, adapt=task.arrays("adapt"))
-    for name in LEARN:
+    for name in LEARN.keys() - {"ft_sam"}:
         with pytest.raises(TaskError, match="not known to be images"):
             fit(name, models, [blind], OVER | ({"steps": 1, "batch_size": 2}), Run())
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from eutectic.fusion._fit import generator
-from eutectic.security.defences.lfpm import Path, chosen, path_loss, spread, subspaces
+from eutectic.security.defences._defended import Path
+from eutectic.security.defences.lfpm import chosen, path_loss, spread, subspaces
 from eutectic.task import Task
 
 D, C, B = 12, 5, 6

@@ -107,6 +107,31 @@ def fill_with(network: nn.Module, weights: Checkpoint) -> list[nn.Parameter]:
     return list(network.parameters())
 
 
+class Path:
+    """θ_m + α τ in a network's parameters, which are the place where both are worked on."""
+
+    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+        """τ = 0; ``weights`` have θ_m."""
+        self.weights, self.start = weights, [w.detach().clone() for w in weights]
+        self.tau = [torch.zeros_like(w) for w in self.start]
+        self._slope: list[Tensor] = []
+
+    @torch.no_grad()
+    def write(self, alpha: float, radius: float = 0.0) -> None:
+        """Set the parameters to θ_m + α (τ + ε), ε of length ``radius`` along the last gradient that was collected."""
+        norm = float(torch.stack([g.norm() for g in self._slope]).norm()) if self._slope and radius else 0.0
+        for at, (weight, start, tau) in enumerate(zip(self.weights, self.start, self.tau, strict=True)):
+            weight.copy_(start).add_(tau, alpha=alpha)
+            if norm:
+                weight.add_(self._slope[at], alpha=alpha * radius / norm)
+
+    def collect(self) -> None:
+        """Hand the parameters' gradients to τ."""
+        self._slope = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
+        for weight, tau, slope in zip(self.weights, self.tau, self._slope, strict=True):
+            tau.grad, weight.grad = slope, None
+
+
 def perturbations(tasks: Sequence[Task], run: Run, mode: str, noise: torch.Generator) -> dict[str, Tensor]:
     """Random parameters z of a universal trigger of a mode for each task.
 

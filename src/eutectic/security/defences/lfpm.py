@@ -15,6 +15,7 @@ from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import expert_outputs
 from eutectic.methods._method import Count, Fraction, NonNegative, Positive
 from eutectic.security.defences._defended import (
+    Path,
     agreement,
     fill_with,
     held_triggers,
@@ -35,17 +36,17 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 LOOK, MOST_ERROR = 20, 0.1
 #: inputs of each task whose features span the subspaces
 SEEN = 64
-#: steps over which the learning rate grows to what it is
+#: steps over which the learning rate grows to what it is; from there it falls to nothing
 WARM = 10
 
 
 def lfpm(
-    steps: Count = 45,
-    lr: Positive = 2e-5,
-    points: Count = 2,
+    steps: Count = 110,
+    lr: Positive = 3e-5,
+    points: Count = 1,
     radius: NonNegative = 2e-3,
     feature: NonNegative = 1.0,
-    clean: NonNegative = 1.0,
+    clean: NonNegative = 2.0,
     inner: Count = 1,
     inner_lr: Positive = 0.5,
     batch_size: Count = 8,
@@ -72,8 +73,9 @@ def lfpm(
 
     Args:
         steps: of Adam on τ, all weights.
-        lr: Adam's.
-        points: α a step, evenly spread with a random shift; 1 is always among them.
+        lr: Adam's, the highest; it falls to 0.
+        points: α a step, evenly spread with a random shift; 1 is always among them, and alone by default.  Where the shortcut
+            does not hold, each costs as much as another step.
         radius: τ is moved by so much along the last step's gradient before the gradient is taken (SAM).
         feature: γ.
         clean: μ.
@@ -164,7 +166,7 @@ def lfpm(
                     total += value.item() / points
             path.collect()
             for group in optimiser.param_groups:  # Adam's first steps go by signs alone
-                group["lr"] = lr * min(1.0, (step + 1) / WARM)
+                group["lr"] = lr * min(1.0, (step + 1) / WARM) * (1 - step / steps)
             optimiser.step()
             history.append(total)
             run.progress("learning the vector", step + 1, steps)
@@ -180,31 +182,6 @@ def lfpm(
         return found._replace(about={**found.about, **about, **learned})
 
     return Fusion(fit, tuned)
-
-
-class Path:
-    """θ_m + α τ in a network's parameters, which are the place where both are worked on."""
-
-    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
-        """τ = 0; ``weights`` have θ_m."""
-        self.weights, self.start = weights, [w.detach().clone() for w in weights]
-        self.tau = [torch.zeros_like(w) for w in self.start]
-        self._slope: list[Tensor] = []
-
-    @torch.no_grad()
-    def write(self, alpha: float, radius: float = 0.0) -> None:
-        """Set the parameters to θ_m + α (τ + ε), ε of length ``radius`` along the last gradient that was collected."""
-        norm = float(torch.stack([g.norm() for g in self._slope]).norm()) if self._slope and radius else 0.0
-        for at, (weight, start, tau) in enumerate(zip(self.weights, self.start, self.tau, strict=True)):
-            weight.copy_(start).add_(tau, alpha=alpha)
-            if norm:
-                weight.add_(self._slope[at], alpha=alpha * radius / norm)
-
-    def collect(self) -> None:
-        """Hand the parameters' gradients to τ."""
-        self._slope = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in self.weights]
-        for weight, tau, slope in zip(self.weights, self.tau, self._slope, strict=True):
-            tau.grad, weight.grad = slope, None
 
 
 def subspaces(features_BD: Tensor, shifts_BD: Tensor, energy: float = 0.95, rank: int = 2) -> tuple[Tensor, Tensor]:
