@@ -92,8 +92,8 @@ def lfpm(
 
     A *reconstruction* of Zhu et al., ICML 2026, arXiv:2606.12498, whose equations and code were not at hand.  The parts are
     theirs (an anti-backdoor task vector, feature subspaces, mined prompts, SAM, a path integral under cross-task linearity),
-    every formula is ours.  Differs from what is known of the paper also in that experts are the teachers, and that SAM goes by
-    the gradient of the step before.
+    every formula is ours.  Differs from what is known of the paper also in that experts are the teachers, that SAM goes by the
+    gradient of the step before, and that by default the path is its end alone.
     """
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:

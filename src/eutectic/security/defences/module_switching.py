@@ -19,7 +19,7 @@ from eutectic.security.defences._defended import merged, over
 from eutectic.security.defences._groups import grouped
 from eutectic.task import Task
 
-REFERENCE = "Li et al., Cut the deadwood out: backdoor purification via guided module switching, 2025, arXiv:2504.05902"
+REFERENCE = "Li et al., Defending against backdoor attacks via module switching, ICLR 2026, arXiv:2504.05902"
 
 
 class Module(NamedTuple):
@@ -53,7 +53,7 @@ def module_switching(
     Raises:
         ParameterError: an expert of a group that there is not, or that is in two.
 
-    Source: Li et al., 2025, arXiv:2504.05902.  Differs from the paper in that neighbours follow from names, in a climb from
+    Source: Li et al., ICLR 2026, arXiv:2504.05902.  Differs from the paper in that neighbours follow from names, in a climb from
     alternating experts in the place of evolution, and in that candidates are not chosen by data.
     """
 
