@@ -53,8 +53,8 @@ def module_switching(
     Raises:
         ParameterError: an expert of a group that there is not, or that is in two.
 
-    Source: Li et al., ICLR 2026, arXiv:2504.05902.  Differs from the paper in that neighbours follow from names, in a climb from
-    alternating experts in the place of evolution, and in that candidates are not chosen by data.
+    Source: Li et al., ICLR 2026, arXiv:2504.05902.  Differs from the paper in that neighbours follow from names, in a climb
+    from alternating experts in the place of evolution, and in that candidates are not chosen by data.
     """
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
