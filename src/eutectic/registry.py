@@ -44,6 +44,11 @@ def names(room: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def defences() -> list[str]:
+    """The names of fusions that defend a merge, in alphabetical order: those of the room of safety."""
+    return [name for name, where in names("fusion").items() if where.startswith("eutectic.security.")]
+
+
 def room_of(name: str) -> str:
     """The room that has a method: ``methods``, ``fusion`` or ``ensemble``.  Raises UnknownNameError."""
     known = {known: room for room in ROOMS for known in names(room)}

@@ -6,12 +6,13 @@ from tests.bench.cuts import cut
 
 from eutectic.bench import zoo
 from eutectic.checkpoint.views import Lerp
-from eutectic.errors import TaskError, UnknownNameError
+from eutectic.errors import ParameterError, TaskError, UnknownNameError
 from eutectic.fusion._api import fit, fused
 from eutectic.fusion._fusion import ModelSet, Run
 from eutectic.merge.view import Merged
 from eutectic.security.audit import Probe
 from eutectic.security.defences import attribution_gate as gate_file
+from eutectic.security.defences import defence_ladder as ladder_file
 from eutectic.security.defences import tbar as tbar_file
 from eutectic.security.metrics import share
 from eutectic.security.miner import Mined
@@ -92,13 +93,18 @@ def test_what_a_trigger_teaches_is_taken_away(suite, models, suspicion, monkeypa
     assert looked[1][2] <= looked[0][2]  # unteaching a trigger does not make it work better
 
 
-LEARN = {"i_bau": {"rounds": 1, "inner": 1, "steps": 1}, "dam": {"steps": 1}}
+LEARN = {
+    "i_bau": {"rounds": 1, "inner": 1, "steps": 1},
+    "dam": {"steps": 1},
+    "ft_sam": {"steps": 1},
+    "lfpm": {"steps": 1, "mining": 1, "budget": 1.0, "most": 0.0},
+}
 
 
 @pytest.mark.parametrize(("name", "some"), LEARN.items())
 def test_defences_that_learn_are_seeded_and_change_what_they_should(suite, models, name, some):
     given = OVER | some | {"batch_size": 2}
-    first, again = (fused(suite.base, suite.experts(), fit(name, models, suite.tasks, given, Run())) for _ in range(2))
+    first, again = (fused(suite.base, suite.experts(), fit(name, models, suite.tasks[:1], given, Run())) for _ in range(2))
     assert same(first, again, 0.0)
     assert first.specs == suite.base.specs
     plain = Merged("task_arithmetic", suite.base, suite.experts(), OVER["parameters"])
@@ -109,9 +115,37 @@ def test_defences_that_learn_are_seeded_and_change_what_they_should(suite, model
 def test_defences_need_images(suite, models):
     task = suite.task("letters")
     blind = Task("letters", task.head, adapt=task.arrays("adapt"))
-    for name in LEARN:
+    for name in LEARN.keys() - {"ft_sam"}:
         with pytest.raises(TaskError, match="not known to be images"):
             fit(name, models, [blind], OVER | ({"steps": 1, "batch_size": 2}), Run())
+
+
+def test_the_ladder_stops_at_the_first_rung_that_holds(suite, models, monkeypatch):
+    monkeypatch.setattr(ladder_file, "held_triggers", lambda *args: [])
+    rates = iter([0.5, 0.5, 0.02])  # of doing nothing, and of each rung
+    monkeypatch.setattr(ladder_file, "mined_success", lambda *args: next(rates))
+    rungs = {"rungs": ["wag", "norm_clip", "tbar"], "budget": 1.0}
+    artefact = fit("defence_ladder", models, suite.tasks, OVER | rungs, Run())
+    about = artefact.about
+    assert [line["rung"] for line in about["tried"]] == ["none", "wag", "norm_clip"]
+    assert (about["rung"], about["held"]) == ("norm_clip", True)
+    alone = fit("norm_clip", models, suite.tasks, OVER, Run())
+    assert same(fused(suite.base, suite.experts(), artefact), fused(suite.base, suite.experts(), alone))
+
+
+def test_a_ladder_of_which_no_rung_holds_says_so_and_takes_the_best_within_the_budget(suite, models, monkeypatch):
+    monkeypatch.setattr(ladder_file, "held_triggers", lambda *args: [])
+    rates, agreements = iter([0.5, 0.1, 0.3]), iter([0.8, 0.6, 0.8])
+    monkeypatch.setattr(ladder_file, "mined_success", lambda *args: next(rates))
+    monkeypatch.setattr(ladder_file, "agreement", lambda *args: next(agreements))
+    artefact = fit("defence_ladder", models, suite.tasks, OVER | {"rungs": ["wag", "norm_clip"]}, Run())
+    assert (artefact.about["rung"], artefact.about["held"]) == ("norm_clip", False)
+
+
+def test_a_rung_that_is_no_defence_is_refused(suite, models):
+    for name in ("fisher", "defence_ladder", "norm_clipp"):
+        with pytest.raises(ParameterError, match=f"{name!r} is no defence"):
+            fit("defence_ladder", models, suite.tasks, OVER | {"rungs": [name]}, Run())
 
 
 def test_both_masks_of_dam_have_the_gradient_of_autograd():
@@ -134,7 +168,7 @@ def test_both_masks_of_dam_have_the_gradient_of_autograd():
     assert 0.4 < mean < 0.6
 
 
-@pytest.mark.parametrize("name", ["dam", "i_bau"])
+@pytest.mark.parametrize("name", ["dam", "i_bau", "lfpm"])
 def test_a_mode_of_triggers_that_there_is_not_is_refused_by_name(name, suite, models):
     with pytest.raises(UnknownNameError, match="Did you mean 'corners'"):
         fit(name, models, [suite.task(task) for task in TASKS], OVER | {"mode": "corner"}, Run())

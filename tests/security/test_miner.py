@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eutectic.errors import TaskError, UnknownNameError
-from eutectic.security.miner import MODES, mine, parted, success, taking_turns, trigger_of
+from eutectic.security.miner import MODES, mine, parted, success, taking_turns, trigger_of, windows
 from eutectic.security.triggers import patch
 from eutectic.task import Pixels
 
@@ -63,3 +63,19 @@ def test_what_cannot_be_mined_is_refused():
         mine(answers_to_the_corner, images(), PLAIN, [("corner", 0)])
     with pytest.raises(TaskError, match="at least 3 and 1"):
         mine(answers_to_the_corner, images(2), PLAIN, [("corners", 0)])
+
+
+def test_windows_show_each_image_one_square_that_follows_from_it():
+    mode, x = windows(0.2, 0.5), images(60)
+    white = torch.full((1, *mode.knots(SIDE)), 50.0)
+    shown = (mode.change(white, x)[0] == 1).all(1)  # [60, side, side]: no image has a white pixel of its own
+    sides = []
+    for mask in shown:
+        rows, columns = (int(mask.any(axis).sum()) for axis in (1, 0))
+        assert rows == columns
+        assert int(mask.sum()) == rows * columns
+        sides.append(rows)
+    assert set(sides) <= set(range(round(0.2 * SIDE), round(0.5 * SIDE) + 1))
+    assert len(set(sides)) > 1
+    assert torch.equal(mode.change(white, x[7:9])[0], mode.change(white, x)[0][7:9])
+    assert shown.any(0).float().mean() > 0.8  # together they reach almost everywhere

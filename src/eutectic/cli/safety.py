@@ -28,7 +28,9 @@ def audit(
     task: Annotated[list[str] | None, typer.Option(help="Mine for this task only; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for audit.json and audit.html.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    mode: Annotated[list[str] | None, typer.Option(help="Of triggers: corners, frame, centre, additive, smooth.")] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="Of triggers: corners, frame, centre, additive, smooth, windows.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Of the miner.", min=1)] = 40,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:

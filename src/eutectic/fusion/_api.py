@@ -31,6 +31,7 @@ from eutectic.fusion._losses import fill
 from eutectic.fusion._routing import routed
 from eutectic.merge.api import Source, open
 from eutectic.merge.compose import Composed, Outcome
+from eutectic.merge.defend import defended
 from eutectic.merge.upcycle import Mixture
 from eutectic.methods._method import validated
 from eutectic.task import Task
@@ -214,12 +215,13 @@ def fuse(
     protocol: Protocol = "inductive",
     device: str = "cpu",
     progress: Progress = silent,
+    defend: str | Mapping[str, Any] | None = None,
     **parameters: Any,
 ) -> nn.Module:
     """Fuse experts into one network by a method that is fitted to unlabelled inputs of the tasks, or keeps its experts.
 
     Args:
-        name: a registered fusion method, see ``eutectic methods``.
+        name: a registered fusion method, see ``eutectic methods``; with ``defend`` the closed form that is defended.
         backbone: the network with θ₀; it is left as it is.
         experts: by name; methods that ask an expert about a task's inputs take the one of the task's name.
         tasks: what the fused network is to do; only their inputs are seen.  Some methods need none.
@@ -227,12 +229,15 @@ def fuse(
         protocol: ``inductive`` sees the inputs of the split ``adapt``, ``transductive`` those of ``test``.
         device: where the network runs.
         progress: is told (what, done, total).
+        defend: a defence by its name, ``auto``, or a mapping of ``method`` and ``parameters``, see ``merge.defend``.
         parameters: of the method.
 
     Returns a network of the backbone's class in evaluation mode, with other layers where a method keeps its experts.  Its
     ``artefact`` can be saved and applied again.
     Raises UnknownNameError, ParameterError, LayoutError, TaskError, NonFiniteError, CheckpointError.
     """
+    if defend is not None:
+        name, parameters = defended(name, parameters, defend)
     network = copy.deepcopy(backbone).to(device)
     opened = {expert: open(source) for expert, source in experts.items()}
     base = base_of(backbone, opened)

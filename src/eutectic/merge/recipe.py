@@ -18,6 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from eutectic import registry
 from eutectic.errors import ParameterError, RecipeError, UnknownNameError, did_you_mean
+from eutectic.merge.defend import defended
 from eutectic.merge.spaces import SpaceName
 from eutectic.methods._method import signature_model, validated
 
@@ -56,6 +57,7 @@ class Recipe(pydantic.BaseModel):
     they share.
     With ``output: adapter`` the experts are PEFT folders, and so is the result: merged in a ``space``, core by default, and of
     ``rank`` at most.
+    A file may have ``defend``, see ``merge.defend``: it is read as the recipe of the defence, with the merge in its parameters.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -185,13 +187,12 @@ def parse(text: str, source: str = "recipe") -> Recipe:
     if not isinstance(data, CommentedMap):
         raise RecipeError(f"{source}:1: a recipe is a mapping with a `method:`")
     _require_distinct_keys(data, source)
+    known = (*Recipe.model_fields, "defend")
     for key in data:
-        if key not in Recipe.model_fields:
-            raise RecipeError(
-                f"{source}:{line_of(data, [key])}: unknown key {key!r}.{did_you_mean(str(key), Recipe.model_fields)}"
-            )
+        if key not in known:
+            raise RecipeError(f"{source}:{line_of(data, [key])}: unknown key {key!r}.{did_you_mean(str(key), known)}")
     try:
-        recipe = Recipe(**plain(data))
+        recipe = Recipe(**_under_its_defence(data, source))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = [part for part in first["loc"] if part != "__root__"]
@@ -200,6 +201,32 @@ def parse(text: str, source: str = "recipe") -> Recipe:
         raise RecipeError(f"{source}:{line_of(data, where)}: {name}: {said}") from None
     _check_method(recipe, data, source)
     return recipe
+
+
+def _under_its_defence(data: CommentedMap, source: str) -> dict[str, Any]:
+    """A recipe's data, with ``defend`` as the method that it stands for.  Errors as ``merge.defend.defended``, with a line."""
+    given = plain(data)
+    if "defend" not in given:
+        return given
+    defend, method, parameters = given.pop("defend"), given.get("method"), given.get("parameters", {})
+    if not isinstance(method, str) or not isinstance(parameters, dict):
+        return given  # which is refused for that
+    _require_method(method, data, source)
+    try:
+        name, under = defended(method, parameters, defend)
+    except ParameterError as error:
+        where = [*error.where] if error.where[:1] in (("defend",), ("method",)) else ["parameters", *error.where]
+        raise ParameterError(f"{source}:{line_of(data, where)}: {error}", tuple(where)) from None
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{source}:{line_of(data, ['defend', 'method'])}: {error}") from None
+    return given | {"method": name, "parameters": under}
+
+
+def _require_method(name: str, data: CommentedMap, source: str) -> None:
+    try:
+        registry.room_of(name)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{source}:{line_of(data, ['method'])}: {error}") from None
 
 
 def load(path: Path, compat: bool = False) -> Recipe | MergekitRecipe:
@@ -241,11 +268,8 @@ def _yaml_errors(source: str) -> Iterator[None]:
 
 def _check_method(recipe: Recipe, data: CommentedMap, source: str) -> None:
     """The method's own checks, here so that their errors carry a line."""
-    try:
-        fitted = recipe.is_fitted
-    except UnknownNameError as error:
-        raise UnknownNameError(f"{source}:{line_of(data, ['method'])}: {error}") from None
-    ensemble = recipe.is_ensemble
+    _require_method(recipe.method, data, source)
+    fitted, ensemble = recipe.is_fitted, recipe.is_ensemble
     for key in ("base", "suite", "overrides", "dtype", "tokenizer", "chat_template", "output", "space", "rank"):
         if ensemble and getattr(recipe, key):
             raise RecipeError(

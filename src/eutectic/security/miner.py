@@ -99,18 +99,50 @@ def centre(side: int) -> Tensor:
     return mask
 
 
+def windows(least: float, most: float) -> Mode:
+    """A picture over the whole image, of which each image shows one square of ``least`` to ``most`` of the side.
+
+    Which one, follows from the image itself: one picture covers triggers of many sizes and places, and is still a function.
+    """
+
+    def change(z: Tensor, x: Tensor) -> Tensor:
+        side = x.shape[-1]
+        size, top, left = _numbers(x, 3).unbind(1)
+        size = (side * (least + (most - least) * size)).round().clamp(1, side)
+        rows, columns = (_stretch((side - size).mul(at).round(), size, side) for at in (top, left))
+        mask = (rows[:, :, None] & columns[:, None, :]).to(x.dtype)[:, None]
+        return x + mask * (z.sigmoid()[:, None] - x)
+
+    return Mode(_whole, change)
+
+
+def _numbers(x: Tensor, n: int) -> Tensor:
+    """Numbers ``[B, n]`` in [0, 1) that follow from each image and look drawn."""
+    flat = x.detach().double().flatten(1)
+    weights = torch.cos(torch.arange(flat.shape[1] * n, dtype=torch.float64).view(-1, n) ** 1.5)
+    return (1000 * flat @ weights.to(flat)).remainder(1)
+
+
+def _stretch(first: Tensor, size: Tensor, side: int) -> Tensor:
+    """Which of ``side`` places lie from ``first`` on, ``size`` of them: ``[B, side]``."""
+    places = torch.arange(side, device=first.device)
+    return (places >= first[:, None]) & (places < (first + size)[:, None])
+
+
 def lower_right(size: int) -> Mode:
     """One patch in the lower right corner, where attacks of the literature have theirs."""
     return _painted(lambda side: corner(side, size))
 
 
-#: all so small that few networks are taken in without a backdoor: a large enough trigger works on any
+#: all but the last so small that few networks are taken in without a backdoor: a large enough trigger works on any.  The last
+#: is for defences, which have to cover the triggers of others
 MODES: dict[str, Mode] = {
     "corners": _painted(corners),
     "frame": _painted(frame),
     "centre": _painted(centre),
     "additive": _added(6 / 255),
     "smooth": _added(0.08, cells=6),
+    "windows": windows(0.1, 0.3),
 }
 
 

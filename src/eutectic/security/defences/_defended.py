@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from eutectic.fusion._losses import fill
 from eutectic.fusion._tensors import finished, laid_over, names_of
 from eutectic.merge.view import Merged
 from eutectic.security.audit import EVIDENCE, Probe, Probing, audit_models
-from eutectic.security.miner import mode_of
+from eutectic.security.miner import Mined, mine, mode_of
 from eutectic.security.triggers import pixels_of
 from eutectic.task import Task
 
@@ -68,11 +68,68 @@ def suspicions(
     return sorted((probe for probe in found.probes if probe.gain[1] > EVIDENCE), key=lambda probe: -probe.gain[0])
 
 
+class Held(NamedTuple):
+    """A trigger that a defence is judged by."""
+
+    task: str
+    mined: Mined
+
+    @property
+    def target(self) -> int:
+        """The class that it takes inputs to."""
+        return self.mined.target
+
+
+def held_triggers(network: nn.Module, batches: Batches, run: Run, mode: str, steps: int, most: int = 72) -> list[Held]:
+    """Each task's best trigger of a mode against a network, for any class; mined on inputs that are not held out.
+
+    Raises TaskError for a task that has no images, UnknownNameError for a mode that there is not.
+    """
+    found = []
+    for number, task in enumerate(batches.tasks):
+        run.progress("mining", number, len(batches.tasks))
+        how, inputs = pixels_of(task), batches.inputs(task, batches.learn[task.name][:most])
+
+        def forward(x: Tensor, task: Task = task) -> Tensor:
+            return run.forward(network, task, x)
+
+        with torch.no_grad():
+            classes = forward(inputs[:1]).shape[1]
+        candidates = [(mode, c) for c in range(classes)]
+        found.append(Held(task.name, mine(forward, how.of(inputs), how, candidates, steps=steps, seed=run.seed)[0]))
+    return found
+
+
 def fill_with(network: nn.Module, weights: Checkpoint) -> list[nn.Parameter]:
     """Give the network these weights; its parameters, all to be trained."""
     fill(network, weights)
     network.requires_grad_(True)
     return list(network.parameters())
+
+
+class Path:
+    """θ_m + α τ in a network's parameters, which are the place where both are worked on."""
+
+    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+        """τ = 0; ``weights`` have θ_m."""
+        self.weights, self.start = weights, [w.detach().clone() for w in weights]
+        self.tau = [torch.zeros_like(w) for w in self.start]
+        self._slope: list[Tensor] = []
+
+    @torch.no_grad()
+    def write(self, alpha: float, radius: float = 0.0) -> None:
+        """Set the parameters to θ_m + α (τ + ε), ε of length ``radius`` along the last gradient that was collected."""
+        norm = float(torch.stack([g.norm() for g in self._slope]).norm()) if self._slope and radius else 0.0
+        for at, (weight, start, tau) in enumerate(zip(self.weights, self.start, self.tau, strict=True)):
+            weight.copy_(start).add_(tau, alpha=alpha)
+            if norm:
+                weight.add_(self._slope[at], alpha=alpha * radius / norm)
+
+    def collect(self) -> None:
+        """Hand the parameters' gradients to τ."""
+        self._slope = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
+        for weight, tau, slope in zip(self.weights, self.tau, self._slope, strict=True):
+            tau.grad, weight.grad = slope, None
 
 
 def perturbations(tasks: Sequence[Task], run: Run, mode: str, noise: torch.Generator) -> dict[str, Tensor]:
@@ -102,7 +159,7 @@ def agreement(network: nn.Module, batches: Batches, before: Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def mined_success(network: nn.Module, batches: Batches, probes: Sequence[Probe], run: Run) -> float:
+def mined_success(network: nn.Module, batches: Batches, probes: Sequence[Probe | Held], run: Run) -> float:
     """The largest share of held-out inputs, of those that are not taken for the target anyway, that a mined trigger takes."""
     worst, tasks = 0.0, {task.name: task for task in batches.tasks}
     for probe in probes:

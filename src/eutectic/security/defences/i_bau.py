@@ -26,7 +26,7 @@ def i_bau(
     inner_lr: Positive = 0.5,
     clean: NonNegative = 1.0,
     batch_size: Count = 8,
-    mode: str = "corners",
+    mode: str = "windows",
     method: str = "task_arithmetic",
     parameters: dict[str, Any] | None = None,
 ) -> Fusion:
@@ -51,7 +51,7 @@ def i_bau(
         parameters: of that method.
 
     Source: Zeng et al., ICLR 2022, arXiv:2110.03735.  Differs from the paper in that the implicit hypergradient is left out,
-    the trigger is painted small instead of bounded in norm, and the labels are the merge's predictions.
+    the trigger is painted in windows instead of bounded in norm, and the labels are the merge's predictions.
     """
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
