@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.base import Checkpoint, Spread
 from eutectic.checkpoint.spec import Layout
-from eutectic.fusion._weighted import Site, Weighted
+from eutectic.fusion._weighted import Dense, Site, Weighted
 from eutectic.merge.view import rounding
 from eutectic.methods._method import Scope
 from eutectic.methods._spectral import WORKSPACE, matrix_scope, svd
@@ -109,7 +109,7 @@ def _matrix(site: Site, parts: Sequence[tuple[Tensor, Tensor]]) -> Matrix:
     place = torch.cat([torch.arange(count) for count in counts.tolist()])
     U, A = torch.cat([U for U, _ in parts], dim=1), torch.cat([A for _, A in parts])
     nothing = site.base.new_empty(len(parts), 0)  # its components take the vectors' place
-    empty = site._replace(vectors=lambda part: nothing)
+    empty = site._replace(vectors=Dense(lambda part: nothing))
     return Matrix(empty, owner.to(device), place.to(device), U.to(device), A.to(device))
 
 
