@@ -181,15 +181,15 @@ class Run:
         yield from self.measure("rkme", 0, lambda: self._rkme(outputs))
         if quick:
             return
+        for method in ("density_reuse_joint", "density_reuse_mpce"):
+            for size in SIZES[method]:
+                yield from self.measure(method, size, lambda m=method, n=size: self._trained(m, n))
+        yield from self._hmr()
         unlabelled = self.data.aside.inputs
         yield from self.measure("student", 0, lambda: self._student(reuse, unlabelled), unlabelled=ASIDE)
         yield from self.measure(
             "student of draws", 0, lambda: self._student(reuse, reuse.draw(20_000, self.seed)), drawn=20_000
         )
-        yield from self._hmr()
-        for method in ("density_reuse_joint", "density_reuse_mpce"):
-            for size in SIZES[method]:
-                yield from self.measure(method, size, lambda m=method, n=size: self._trained(m, n))
 
     def _quick(self, method: str, shared: Outputs, outputs: Outputs, size: int) -> Tensor:
         """Rules that change no party's model need its outputs once."""

@@ -12,7 +12,7 @@ from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.lora import Lora
 from eutectic.checkpoint.peft import Adapter
 from eutectic.errors import LayoutError, NonFiniteError
-from eutectic.fusion import _weighted
+from eutectic.fusion import _components, _weighted
 from eutectic.fusion._concrete import ConcreteMask
 from eutectic.fusion._fit import Batches, backward, generator
 from eutectic.fusion._fusion import ModelSet, Run
@@ -97,7 +97,7 @@ def test_a_layer_that_no_adapter_changes_is_no_site():
     assert all(".q_proj." in site.name for site in equation.sites)
 
 
-@pytest.mark.parametrize("method", ["adamerging", "concrete_adamerging", "pwe_moe"])
+@pytest.mark.parametrize("method", ["adamerging", "adarank", "concrete_adamerging", "pwe_moe"])
 def test_fits_over_adapters_are_those_over_dense_experts_within_rounding(method):
     parameters = {"steps": 3, "lr": 0.05} | ({"mask_steps": 2} if method == "concrete_adamerging" else {})
     network, width = network_of("vit", torch.float32)
@@ -105,6 +105,17 @@ def test_fits_over_adapters_are_those_over_dense_experts_within_rounding(method)
     experts = adapters_of("vit", base_of(network))
     thin, whole = (eu.fuse(method, network, given, tasks=tasks, seed=1, **parameters)(x) for given in (experts, dense(experts)))
     torch.testing.assert_close(thin, whole, rtol=1e-3, atol=1e-4)
+
+
+def test_adarank_of_adapters_decomposes_no_dense_matrix(monkeypatch):
+    network, width = network_of("vit")
+    experts = adapters_of("vit", base_of(network))
+
+    def refuse(*_):
+        raise AssertionError("decomposed a dense matrix")
+
+    monkeypatch.setattr(_components, "svd", refuse)
+    eu.fuse("adarank", network, experts, tasks=tasks_of("vit", width), steps=1)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
