@@ -7,7 +7,8 @@ for a few steps in a process of its own.  A step is timed from one report of pro
 and backward passes, gradients, Adam.  Between two steps the same process runs the plain passes: the same network forward and
 backward on as many batches, gradients added up; twice for Concrete AdaMerging, whose inner step has passes of its own.  The
 first step of each process is a warm-up.  Peak memory is the process's VmHWM, with imports.  Task vectors are
-where the default has them, in the experts' files, or, with ``memory`` after a method, in memory.
+where the default has them, in the experts' files, or, with ``memory`` after a method, in memory.  With ``adapters`` after a
+method the experts are LoRA adapters of rank 16 of every matrix, in memory.
 
 ``--peer`` is the Python of an environment with fusion-bench 0.2.33, torch 2.13.0 and transformers 4.57.6.  Its own classes run
 on the same weights, from their own loop; only what would need the network is replaced: images and text embeddings.  Their data
@@ -35,7 +36,7 @@ SHAPES = {  # hidden, mlp, layers, heads, image, patch
     "b32": (768, 3072, 12, 12, 224, 32),
     "tiny": (64, 128, 2, 2, 64, 32),
 }
-BATCH, CLASSES, PROJECTION = 16, 50, 512
+BATCH, CLASSES, PROJECTION, RANK = 16, 50, 512, 16
 #: method → our parameters, and the passes over every task that a step takes
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "adamerging": ({}, 1),
@@ -127,6 +128,23 @@ def head_of(size: str, task: int) -> tuple[Any, Any]:
     return projection, torch.nn.functional.normalize(text, dim=1)
 
 
+def adapter_of(base: Any, number: int) -> Any:
+    """A LoRA adapter of every matrix, with random factors."""
+    import torch
+
+    from eutectic.checkpoint.base import Memory
+    from eutectic.checkpoint.lora import Lora
+    from eutectic.checkpoint.peft import PREFIX, Adapter
+
+    noise, tensors = torch.Generator().manual_seed(number), {}
+    for name, spec in base.specs.items():
+        if len(spec.shape) == 2 and name.endswith(".weight"):
+            module, (m, n) = PREFIX + name.removesuffix(".weight"), spec.shape
+            tensors[f"{module}.lora_A.weight"] = 0.01 * torch.randn(RANK, n, generator=noise)
+            tensors[f"{module}.lora_B.weight"] = 0.01 * torch.randn(m, RANK, generator=noise)
+    return Lora(base, Adapter(Memory(tensors), {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}))
+
+
 class Enough(Exception):
     """As many steps as were asked for are measured."""
 
@@ -186,6 +204,8 @@ def child(size: str, variant: str, experts: int, steps: int, threads: int, folde
             raise Enough
 
     base, *others = (SafetensorsFile(folder / name / "model.safetensors") for name in ["base", *(t.name for t in tasks)])
+    if "adapters" in how:
+        others = [adapter_of(base, number) for number in range(experts)]
     models = ModelSet(network, base, dict(zip([t.name for t in tasks], others, strict=True)))
     with contextlib.suppress(Enough):
         fit(method, models, tasks, parameters | {"batch_size": BATCH}, dataclasses.replace(run, progress=progress))

@@ -64,6 +64,7 @@ NETWORKS = (CNN(channels=(16, 32), hidden=128), CNN(channels=(16, 32, 64), hidde
 SPACE, DENSITY = Cosines(size=10), Gaussians(components=16, floor=0.1, shrink=20)
 PIXELS = Normalisation(mean=(0.286,), std=(0.353,))
 ASIDE, LABELLED, EPOCHS, BATCH, LR = 5000, 1000, 6, 128, 4e-3
+ONLY = "train: parties, and measure nothing; quick: what trains nothing but parties; calibrated: that, calibrations and HMR"
 SIZES = {"weighted_ensemble": (20, 100, 1000), "density_reuse_tempered": (20, 100, 1000)}
 SIZES |= {"density_reuse_joint": (100, 1000), "density_reuse_mpce": (100, 1000)}
 
@@ -162,8 +163,8 @@ class Run:
             parameters={"examples": size, **parameters},
         )
 
-    def all(self, quick: bool) -> Iterator[Record]:
-        """Everything, cheapest first; if it has to be quick, only what trains nothing."""
+    def all(self, only: str | None) -> Iterator[Record]:
+        """Everything, cheapest first; or only what trains nothing (``quick``), or no student (``calibrated``)."""
         test = self.data.test.inputs
         reuse = Ensemble("density_reuse", self.parties())
         outputs = reuse.outputs_of(test)
@@ -179,17 +180,19 @@ class Run:
             for size in SIZES[method]:
                 yield from self.measure(method, size, lambda m=method, n=size: self._quick(m, shared, outputs, n))
         yield from self.measure("rkme", 0, lambda: self._rkme(outputs))
-        if quick:
+        if only == "quick":
+            return
+        for method in ("density_reuse_joint", "density_reuse_mpce"):
+            for size in SIZES[method]:
+                yield from self.measure(method, size, lambda m=method, n=size: self._trained(m, n))
+        yield from self._hmr()
+        if only == "calibrated":
             return
         unlabelled = self.data.aside.inputs
         yield from self.measure("student", 0, lambda: self._student(reuse, unlabelled), unlabelled=ASIDE)
         yield from self.measure(
             "student of draws", 0, lambda: self._student(reuse, reuse.draw(20_000, self.seed)), drawn=20_000
         )
-        yield from self._hmr()
-        for method in ("density_reuse_joint", "density_reuse_mpce"):
-            for size in SIZES[method]:
-                yield from self.measure(method, size, lambda m=method, n=size: self._trained(m, n))
 
     def _quick(self, method: str, shared: Outputs, outputs: Outputs, size: int) -> Tensor:
         """Rules that change no party's model need its outputs once."""
@@ -282,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--seed", type=int, action="append")
     parser.add_argument("--split", action="append", choices=list(SPLITS))
-    parser.add_argument("--only", choices=["train", "quick"], help="quick: what trains nothing but parties")
+    parser.add_argument("--only", choices=["train", "quick", "calibrated"], help=ONLY)
     parser.add_argument("--plot", type=Path, help="draw the records there are, and stop")
     given = parser.parse_args(arguments)
     if given.plot:
@@ -307,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             there = list(record.load(RESULTS)) if RESULTS.exists() else []
             done = {(r.method, r.task, r.seed, r.parameters["examples"]) for r in there}
-            for found in Run(data, split, seed, folder, done).all(given.only == "quick"):
+            for found in Run(data, split, seed, folder, done).all(given.only):
                 record.append(RESULTS, [found])
                 print(f"{split} {found.method:24} {found.parameters['examples']:5} {100 * found.value:.2f}", flush=True)
 

@@ -235,10 +235,17 @@ def test_other_metrics_have_their_own_table_and_no_picture() -> None:
 def test_refusals(show: object) -> None:
     with pytest.raises(EutecticError, match="nothing to report"):
         show([])
-    for field, message in (("suite", "one suite.*dino, mini"), ("split", "one split.*test, validation")):
-        other = dataclasses.replace(scored("ties", "a", 1), **{field: "dino" if field == "suite" else "validation"})
-        with pytest.raises(EutecticError, match=message):
-            show([scored("ties", "a", 1), other])
+    with pytest.raises(EutecticError, match=r"one split.*test, validation"):
+        show([scored("ties", "a", 1), dataclasses.replace(scored("ties", "a", 1), split="validation")])
+
+
+def test_several_suites_are_shown_one_after_the_other() -> None:
+    records = [scored("ties", "a", 1), dataclasses.replace(scored("ties", "b", 1), suite="dino")]
+    assert list(report.settings(records)) == ["mini", "dino"]
+    assert report.markdown(records) == "\n".join(f"### {one.suite}\n\n{report.markdown([one])}" for one in records)
+    assert len(pictures(report.html(records, "t"))) == 4  # of each a task and the mean
+    with pytest.raises(EutecticError, match=r"one suite.*dino, mini"):
+        report.table(records)
 
 
 def test_records_may_be_a_stream() -> None:

@@ -15,9 +15,9 @@ import torch
 
 from eutectic.checkpoint import hashed, save
 from eutectic.checkpoint.base import Checkpoint, Memory
-from eutectic.checkpoint.publish import published
+from eutectic.checkpoint.publish import published, whole
 from eutectic.checkpoint.safetensors import SafetensorsFile, Sharded, read_header
-from eutectic.checkpoint.save import save_tensors, tensor_hashes
+from eutectic.checkpoint.save import save_file, save_tensors, tensor_hashes
 from eutectic.checkpoint.spec import TensorSpec, layout_nbytes
 from eutectic.checkpoint.writer import SafetensorsWriter, require_space
 from eutectic.errors import CheckpointError, DiskFullError, OutputError
@@ -236,6 +236,35 @@ def test_short_writes_are_continued(tmp_path, tensors, assert_reads, monkeypatch
     monkeypatch.setattr(os, "pwrite", lambda fd, view, offset: pwrite(fd, view[:7], offset))
     save_tensors(Memory(tensors), tmp_path)
     assert_reads(SafetensorsFile(tmp_path / "model.safetensors"), tensors)
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ("one", "two"):
+        with whole(path) as partial:
+            partial.write_text(text)
+        assert path.read_text() == text
+    with pytest.raises(UnicodeEncodeError), whole(path) as partial:
+        partial.write_text("thr\udc00")
+    assert path.read_text() == "two"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_tensors_go_into_one_file_of_any_name_or_none(tmp_path):
+    class Broken(Memory):
+        def _read(self, name, start, stop):
+            raise KeyError(name)
+
+    path, x = tmp_path / "heads.safetensors", torch.arange(6.0)
+    for tensor in (x, 2 * x):
+        assert list(save_file(Memory({"x": tensor}), path)) == ["x"]
+        with SafetensorsFile(path) as file:
+            assert torch.equal(file.read("x"), tensor)
+    with pytest.raises(KeyError):
+        save_file(Broken({"x": x}), path)
+    with SafetensorsFile(path) as file:
+        assert torch.equal(file.read("x"), 2 * x)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # ── published ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -160,6 +160,14 @@ def test_with_exact_models_it_is_the_bayes_classifier_of_all_data():
     torch.testing.assert_close(found(x), pooled.log_softmax(1), atol=1e-4, rtol=1e-4)
 
 
+def test_a_party_of_one_class_has_its_say_by_its_density_alone():
+    one, two = _gaussian_party({0: [0.0, 0.0]}, (30,)), _gaussian_party({1: [1.0, 0.5], 2: [0.0, 2.0]}, (30, 40))
+    found = eu.combine("density_reuse", {"one": one, "two": two})
+    x = 2 * torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    pooled = _Exact(torch.tensor([[0.0, 0.0], [1.0, 0.5], [0.0, 2.0]]), torch.tensor([30.0, 30.0, 40.0]).log())(x)
+    torch.testing.assert_close(found(x), pooled.log_softmax(1), atol=1e-4, rtol=1e-4)
+
+
 def test_the_example_of_the_flu():
     """One hospital knows ⟨2, 4, 1, 0⟩ cases in seven, another ⟨0, 0, 1, 3⟩ in four: certainty says 4, likely cases 2."""
     log_p = torch.tensor([[[2, 4, 1, 0]], [[0, 0, 1, 3]]]).float()
@@ -270,6 +278,18 @@ def test_examples_that_cannot_be_used_are_refused(workshop, tmp_path, changes, s
 def test_recipes_that_say_something_impossible(workshop, tmp_path, method, more, command, says):
     with pytest.raises(errors.RecipeError, match=says):
         run(command, workshop(method, more), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["density_reuse", "mean_ensemble"])
+def test_folders_that_are_no_parties_are_refused_by_name_and_nothing_is_left(workshop, tmp_path, method):
+    path = workshop(method)
+    (tmp_path / "three" / "extra.pt").write_bytes(b"\x80\x04N.")
+    with pytest.raises(errors.CheckpointError, match=r"three/extra.pt: is a pickle"):
+        run("fuse", path, tmp_path / "out")
+    (tmp_path / "two" / "party.json").unlink()
+    with pytest.raises(errors.CheckpointError, match=r"two/party.json: no such file"):
+        run("fuse", path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_folders_are_not_scored_by_data(tmp_path):

@@ -186,7 +186,7 @@ def test_task_vectors_of_float32_are_kept_in_half_and_sums_are_not():
     network, _ = network_of("awkward", torch.float32)
     base, experts = base_of(network), experts_of(network)
     equation = Weighted(network, base, experts)
-    assert {site.vectors(slice(0, 1)).dtype for site in equation.sites} == {torch.bfloat16}
+    assert {site.vectors.of(slice(0, 1)).dtype for site in equation.sites} == {torch.bfloat16}
     equation.write(torch.full(equation.shape, 0.3, dtype=torch.float64))
     expected = naive(base, experts, [0.3, 0.3])
     for site in equation.sites:

@@ -92,14 +92,15 @@ def grids(records: Iterable[Record]) -> list[Grid]:
 def settings(records: Iterable[Record]) -> dict[str, list[Record]]:
     """The records by what was asked of the methods, in order: "" for all tasks of a suite, else the study and the split.
 
-    A method that saw the test's inputs is another method.
+    Where there are several suites, their names come first.  A method that saw the test's inputs is another method.
     """
-    found: dict[str, list[Record]] = defaultdict(list)
+    records, found = list(records), defaultdict[str, list[Record]](list)
+    several = len({record.suite for record in records}) > 1
     for record in records:
         if record.protocol == "transductive":
             record = dataclasses.replace(record, method=f"{record.method}, transductive")
-        study = "" if record.protocol in ("", "inductive", "transductive") else f"{record.protocol}; {record.split}"
-        found[study].append(record)
+        study = [] if record.protocol in ("", "inductive", "transductive") else [record.protocol, record.split]
+        found["; ".join([record.suite] * several + study)].append(record)
     return found
 
 

@@ -26,8 +26,8 @@ from eutectic.bench.suite import Suite
 from eutectic.bench.vit import resized_positions
 from eutectic.checkpoint.base import Checkpoint, Memory, live
 from eutectic.checkpoint.folder import copy_side_files, from_hub, open_folder
-from eutectic.checkpoint.publish import published
-from eutectic.checkpoint.save import save_tensors
+from eutectic.checkpoint.publish import published, whole
+from eutectic.checkpoint.save import save_file, save_tensors
 from eutectic.checkpoint.views import Cast, Select
 from eutectic.checkpoint.writer import explained
 from eutectic.errors import MissingDependencyError, TaskError, UnknownNameError, did_you_mean
@@ -169,7 +169,8 @@ def build(spec: SuiteSpec, out: Path, data: Path | None = None, base: Path | Non
     if not (out / "data.npz").exists() or not (out / "suite.json").exists():
         classes = _make_data(spec, out, data)
         info = {"name": spec.name, "side": spec.side, "tasks": classes, "settings": settings, "versions": record.versions()}
-        _write_text(out / "suite.json", json.dumps(info, indent=1) + "\n")
+        with whole(out / "suite.json") as partial:
+            partial.write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
     suite = Suite(out)
     if not (out / "heads.safetensors").exists():
         _make_heads(spec, suite)
@@ -246,9 +247,8 @@ def _make_data(spec: SuiteSpec, out: Path, data: Path | None) -> dict[str, list[
         for split, (inputs, labels) in sources.split(raw, spec.sizes, spec.training.seed).items():
             stored[f"{task}.{split}.inputs"] = inputs
             stored[f"{task}.{split}.labels"] = labels.astype(np.int16)
-    with (out / "data.npz.partial").open("wb") as file:
+    with whole(out / "data.npz") as partial, partial.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **stored)
-    (out / "data.npz.partial").rename(out / "data.npz")
     return classes
 
 
@@ -285,10 +285,7 @@ def _make_heads(spec: SuiteSpec, suite: Suite) -> None:
         with torch.no_grad():
             head = prototype_head(backbone(inputs), labels, len(classes), spec.head_scale)
         tensors |= {f"{task}.{part}": tensor for part, tensor in head.state_dict().items()}
-    with published(suite.folder / "heads.partial", replace=True) as folder:
-        save_tensors(Memory(tensors), folder)
-    (suite.folder / "heads.partial" / "model.safetensors").rename(suite.folder / "heads.safetensors")
-    (suite.folder / "heads.partial").rmdir()
+    save_file(Memory(tensors), suite.folder / "heads.safetensors")
 
 
 def _make_expert(spec: SuiteSpec, suite: Suite, task: str, progress: Callable[[int, float], None]) -> None:
@@ -306,10 +303,3 @@ def save_expert(backbone: nn.Module, suite: Suite, rank: int, folder: Path) -> N
     else:
         copy_side_files(suite.folder / "base", folder)
         save_tensors(live(backbone), folder)
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

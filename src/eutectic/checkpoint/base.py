@@ -164,6 +164,15 @@ class Memory(Checkpoint):
         return self._tensors[name].reshape(-1)[start:stop]
 
 
+def thin_over(base: Checkpoint, changed: Checkpoint, name: str) -> Thin | None:
+    """What ``changed`` adds to the base's matrix as two thin ones, if it is made so of the very same matrix; None if not."""
+    found = changed.thin(name)
+    if found is None:
+        return None
+    start = base.read(name)
+    return found if found.start.dtype == start.dtype and torch.equal(found.start, start) else None
+
+
 def live(module: nn.Module) -> Memory:
     """A module's current state dict as a checkpoint: it shares memory, so it follows training."""
     return Memory(module.state_dict(), origin=type(module).__name__)

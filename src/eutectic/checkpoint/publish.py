@@ -37,6 +37,17 @@ def published(folder: str | Path, *, replace: bool = False, inputs: Iterable[str
         yield partial
 
 
+@contextmanager
+def whole(path: Path) -> Generator[Path, None, None]:
+    """A file beside ``path``, to be written, that takes its place if the body succeeds, and vanishes if it does not."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 class Journal:
     """Which chunks of an unfinished output are written, with their hashes; one line a chunk, appended as they are.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +107,14 @@ def save_tensors(
             checkpoint.prepare(list(dict.fromkeys(span.name for unit in missing for span in unit)), measuring)
             for nbytes in spread(lambda unit: write_unit(checkpoint, writer, unit, leaves, journal, budget), missing):
                 report(nbytes)
+    return leaves
+
+
+def save_file(checkpoint: Checkpoint, path: Path, *, threads: int = 2, progress: Progress = silent) -> Leaves:
+    """``save_tensors`` as one file of any name, whole or not at all; it takes the place of one that is there."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        leaves = save_tensors(checkpoint, folder, max_shard_bytes=1 << 62, threads=threads, progress=progress)
+        (Path(folder) / "model.safetensors").replace(path)
     return leaves
 
 

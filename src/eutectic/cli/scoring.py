@@ -219,7 +219,8 @@ def report(
     else:
         _show(records)
         if run.is_dir():
-            (run / "report.html").write_text(reporting.html(records, title=f"{records[0].suite}"), encoding="utf-8")
+            title = ", ".join(dict.fromkeys(record.suite for record in records))
+            (run / "report.html").write_text(reporting.html(records, title=title), encoding="utf-8")
 
 
 def _scored(suite: str, out: Path, only: Sequence[str] | None, score: Callable[..., Iterator[Record]] | None = None) -> None:

@@ -12,12 +12,12 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from eutectic.checkpoint.base import Checkpoint, Spread
+from eutectic.checkpoint.base import Checkpoint, Spread, thin_over
 from eutectic.checkpoint.spec import Layout
-from eutectic.fusion._weighted import Site, Weighted
+from eutectic.fusion._weighted import Dense, Site, Weighted
 from eutectic.merge.view import rounding
 from eutectic.methods._method import Scope
-from eutectic.methods._spectral import WORKSPACE, matrix_scope, svd
+from eutectic.methods._spectral import WORKSPACE, matrix_scope, svd, svd_of_product
 from eutectic.methods._threads import one_torch_thread
 
 
@@ -94,7 +94,15 @@ class Pruned:
 
 
 def components(base: Checkpoint, expert: Checkpoint, name: str) -> tuple[Tensor, Tensor]:
-    """U ``[m, r]`` and diag(σ) Vᵀ ``[r, n]`` of a matrix's task vector, the strongest first; none that is rounding."""
+    """U ``[m, r]`` and diag(σ) Vᵀ ``[r, n]`` of a matrix's task vector, the strongest first; none that is rounding.
+
+    An adapter's are those of its factors, whose product is not formed.
+    """
+    thin = thin_over(base, expert, name)
+    if thin is not None:
+        wide = torch.promote_types(thin.start.dtype, torch.float32)
+        found = svd_of_product(thin.left.to(wide), thin.right.to(wide))
+        return found.U, found.s[:, None] * found.Vh
     start, moved = base.read(name), expert.read(name)
     wide = torch.promote_types(start.dtype, torch.float32)
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (start, moved))
@@ -109,7 +117,7 @@ def _matrix(site: Site, parts: Sequence[tuple[Tensor, Tensor]]) -> Matrix:
     place = torch.cat([torch.arange(count) for count in counts.tolist()])
     U, A = torch.cat([U for U, _ in parts], dim=1), torch.cat([A for _, A in parts])
     nothing = site.base.new_empty(len(parts), 0)  # its components take the vectors' place
-    empty = site._replace(vectors=lambda part: nothing)
+    empty = site._replace(vectors=Dense(lambda part: nothing))
     return Matrix(empty, owner.to(device), place.to(device), U.to(device), A.to(device))
 
 

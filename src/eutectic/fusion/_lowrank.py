@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eutectic.checkpoint.base import Checkpoint, Spread, Thin, Turn
+from eutectic.checkpoint.base import Checkpoint, Spread, Turn, thin_over
 from eutectic.checkpoint.spec import Layout, TensorSpec
 from eutectic.checkpoint.views import Overlay, Select
 from eutectic.errors import LayoutError, NonFiniteError
@@ -28,10 +28,10 @@ HELD = 4
 
 def most_directions(base: Checkpoint, weights: Checkpoint, name: str) -> int:
     """How many directions an expert's change of a matrix may have: all, an adapter's rank, or 0 if it is not changed."""
-    start = base.read(name)
-    found = _adapter(start, weights, name)
+    found, shape = thin_over(base, weights, name), base.spec(name).shape
     if found is not None:
-        return min(found.left.shape[1], *start.shape) if found.left.any() and found.right.any() else 0
+        return min(found.left.shape[1], *shape) if found.left.any() and found.right.any() else 0
+    start = base.read(name)
     return 0 if torch.equal(weights.read(name), start) else min(start.flatten(1).shape)
 
 
@@ -42,7 +42,7 @@ def change(base: Checkpoint, expert: str, weights: Checkpoint, name: str, most: 
     Raises NonFiniteError naming the expert and the tensor.
     """
     start = base.read(name)
-    found = _adapter(start, weights, name)
+    found = thin_over(base, weights, name)
     if found is not None:
         if not (torch.isfinite(found.left).all() and torch.isfinite(found.right).all()):
             raise NonFiniteError(f"expert {expert!r} ({weights.origin}) holds a NaN or Inf in {name!r}")
@@ -50,12 +50,6 @@ def change(base: Checkpoint, expert: str, weights: Checkpoint, name: str, most: 
     eps = max(torch.finfo(dtype).eps for dtype in (start.dtype, weights.spec(name).dtype))
     delta = difference(base, expert, weights, name).flatten(1)
     return sketched(delta, most, zlib.crc32(name.encode()), rounding(start.to(wide(start)).flatten(1), eps))
-
-
-def _adapter(start: Tensor, weights: Checkpoint, name: str) -> Thin | None:
-    """The factors of the change from ``start``, if an expert is made of ``start`` and such."""
-    found = weights.thin(name)
-    return found if found is not None and found.start.dtype == start.dtype and torch.equal(found.start, start) else None
 
 
 def factors(parts: Sequence[Svd], directions: int, rank: int) -> tuple[Tensor, Tensor]:

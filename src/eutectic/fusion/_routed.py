@@ -279,8 +279,8 @@ class MergedExperts(Routed, ABC):
         return self.output(y.view(*tokens.shape[:-1], self.out_features))
 
 
-class LowRankOfSample(MergedExperts):
-    """With Dᵢ = LᵢRᵢ, and weights that sum to one, the softmax of what the router gives: R ``[N, r, n]``, L ``[m, N, r]``."""
+class FactoredExperts(MergedExperts):
+    """With Dᵢ = LᵢRᵢ: ``right`` is R ``[N, r, n]``, ``left`` L ``[m, N, r]``."""
 
     def __init__(self, linear: nn.Linear, experts: int, rank: int, shared: Shared, router: nn.Module | None) -> None:
         """See ``MergedExperts``."""
@@ -288,14 +288,18 @@ class LowRankOfSample(MergedExperts):
         self.right = self.expected(experts, rank, self.in_features)
         self.left = self.expected(self.out_features, experts, rank)
 
+    def product(self, x: Tensor, c: Tensor) -> Tensor:
+        """Through the factors: no matrix is merged."""
+        return F.linear(x, self.matrix) + back(along(x, self.right) * c[:, None, :, None], self.left)
+
+
+class LowRankOfSample(FactoredExperts):
+    """With weights that sum to one: the softmax of what the router gives."""
+
     def choice(self, input: Tensor) -> Tensor:
         """See ``MergedExperts``."""
         found = super().choice(input)
         return found.softmax(-1) if self.decides else found
-
-    def product(self, x: Tensor, c: Tensor) -> Tensor:
-        """Through the factors: no matrix is merged."""
-        return F.linear(x, self.matrix) + back(along(x, self.right) * c[:, None, :, None], self.left)
 
 
 class DenseExperts(MergedExperts):

@@ -16,6 +16,7 @@ from eutectic.errors import LayoutError
 from eutectic.fusion._routed import (
     DenseExperts,
     Description,
+    FactoredExperts,
     LookAhead,
     LowRankExperts,
     LowRankOfSample,
@@ -158,6 +159,8 @@ def _layer(linear: nn.Linear, about: Description, blocks: Mapping[str, Shared], 
             return LowRankExperts(linear, n, d, r, gate, top)
         case {"kind": "low_rank", "experts": int(n), "rank": int(r), "block": str(block)}:
             return LowRankOfSample(linear, n, r, blocks[block], _router(linear, n, about, routers))
+        case {"kind": "factored", "experts": int(n), "rank": int(r), "block": str(block)}:
+            return FactoredExperts(linear, n, r, blocks[block], _router(linear, n, about, routers))
         case {"kind": "dense", "experts": int(n), "block": str(block)}:
             return DenseExperts(linear, n, blocks[block], _router(linear, n, about, routers))
         case {"kind": "sparse", "experts": int(n), "block": str(block), "counts": list(counts)} if all(

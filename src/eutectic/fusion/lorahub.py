@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from eutectic.checkpoint.base import Memory
+from eutectic.checkpoint.publish import whole
 from eutectic.errors import MissingDependencyError, NonFiniteError
 from eutectic.fusion._coefficients import equation_over, facts, weighted
 from eutectic.fusion._fit import generator, rank
@@ -140,9 +141,8 @@ class _Losses:
         if self._path is None or rank():
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._taken), encoding="utf-8")
-        partial.replace(self._path)
+        with whole(self._path) as partial:
+            partial.write_text(json.dumps(self._taken), encoding="utf-8")
 
 
 def _cma() -> Any:

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import LayoutError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
+from eutectic.fusion._lowrank import Factors, Layer, most_directions
 from eutectic.fusion._mixing import MLP, Hidden, Stacked, Start, Target, fit_routers, outside, plan
 from eutectic.fusion._routed import Description
 from eutectic.fusion._routing import named
+from eutectic.fusion._tensors import differences
 from eutectic.merge.compose import Joined
 from eutectic.methods._method import Count, Finite, Positive
 from eutectic.task import Task
@@ -47,8 +49,8 @@ def wemoe(
         patience: stop when what is fitted to was not better on inputs held out so many times in a row, each 20 steps.
         blocks: regular expression of the names of linear layers that become mixtures; its first group tells blocks apart.
 
-    The network grows by K times the MLPs' size, and the routers' K (h + 1) numbers for each MLP of width h.  Raises LayoutError
-    for a network without such layers, with those that it has.
+    The network grows by K times the MLPs' size, of adapters by their factors, and by the routers' K (h + 1) numbers for each
+    MLP of width h.  Raises LayoutError for a network without such layers, with those that it has.
 
     Source: Tang et al., ICML 2024, arXiv:2402.00433, section 3.  Differs from the paper in that routers of one layer begin
     where they tell the tasks apart, and are taught by the experts, unless told otherwise; and in that it adapts on inputs that
@@ -57,8 +59,12 @@ def wemoe(
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
         layers = plan(models, blocks, hidden, {"kind": "dense"})
-        task_vectors = _task_vectors(models.base, models.experts, layers)
-        if not any(task_vectors.read(name).any() for name in task_vectors.specs):
+        ranks = _ranks(models.base, models.experts, layers)
+        for layer, rank in ranks.items():
+            m, n = models.base.spec(named(layer, "weight")).shape
+            if rank * (m + n) < m * n:
+                layers[layer] = {**layers[layer], "kind": "factored", "rank": rank}
+        if not any(ranks.values()) and not _any_shift(models.base, models.experts, layers):
             raise LayoutError(f"no expert differs from the base in {', '.join(layers)}, so there is nothing to route")
         return fit_routers(
             models, tasks, run, layers, build,
@@ -66,14 +72,54 @@ def wemoe(
         )  # fmt: skip
 
     def build(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Checkpoint:
-        rest = outside(base, experts, artefact.about["kept"], scale)
-        return Joined([rest, _task_vectors(base, experts, artefact.about["layers"]), artefact.tensors], rest.origin)
+        layers, rest = artefact.about["layers"], outside(base, experts, artefact.about["kept"], scale)
+        kept = (_task_vectors(base, experts, layers), _factors(base, experts, layers))
+        return Joined([rest, *kept, artefact.tensors], rest.origin)
 
     return Fusion(fit, build)
 
 
+def _ranks(base: Checkpoint, experts: Mapping[str, Checkpoint], layers: Mapping[str, Description]) -> dict[str, int]:
+    """The highest rank that an expert's change of each layer's matrix may have; 0 where it is the base's in all."""
+    return {
+        layer: max(most_directions(base, weights, named(layer, "weight")) for weights in experts.values()) for layer in layers
+    }
+
+
+def _any_shift(base: Checkpoint, experts: Mapping[str, Checkpoint], layers: Mapping[str, Description]) -> bool:
+    """Whether an expert changed any layer's bias."""
+    biases = [bias for layer in layers if (bias := _bias(base, layer)) is not None]
+    return any(differences(base, experts, bias).any() for bias in biases)
+
+
+def _rank(about: Description) -> int | None:
+    """Of a layer's factors; None for whole matrices."""
+    match dict(about):
+        case {"kind": "factored", "rank": int(rank)}:
+            return rank
+    return None
+
+
+def _factors(base: Checkpoint, experts: Mapping[str, Checkpoint], layers: Mapping[str, Description]) -> Factors:
+    """L, R and d of every layer that has factors."""
+    return Factors(
+        base,
+        experts,
+        {
+            named(layer, ""): Layer(named(layer, "weight"), _bias(base, layer), rank, rank, bool(about.get("turned")))
+            for layer, about in layers.items()
+            if (rank := _rank(about)) is not None
+        },
+    )
+
+
 def _task_vectors(base: Checkpoint, experts: Mapping[str, Checkpoint], layers: Mapping[str, Description]) -> Stacked:
-    """D and d of every layer."""
-    names = {named(layer, "deltas"): named(layer, "weight") for layer in layers}
-    names |= {named(layer, "shift"): named(layer, "bias") for layer in layers if named(layer, "bias") in base.specs}
-    return Stacked(base, experts, names, [named(layer, "deltas") for layer, about in layers.items() if about.get("turned")])
+    """D and d of every other layer."""
+    dense = [layer for layer, about in layers.items() if _rank(about) is None]
+    names = {named(layer, "deltas"): named(layer, "weight") for layer in dense}
+    names |= {named(layer, "shift"): bias for layer in dense if (bias := _bias(base, layer)) is not None}
+    return Stacked(base, experts, names, [named(layer, "deltas") for layer in dense if layers[layer].get("turned")])
+
+
+def _bias(base: Checkpoint, layer: str) -> str | None:
+    return name if (name := named(layer, "bias")) in base.specs else None

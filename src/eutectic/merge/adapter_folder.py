@@ -14,7 +14,7 @@ from eutectic.checkpoint.folder import model_card, provenance
 from eutectic.checkpoint.hashed import fingerprint
 from eutectic.checkpoint.peft import CONFIG_FILE, WEIGHTS_FILE, Adapter, config_of
 from eutectic.checkpoint.publish import published
-from eutectic.checkpoint.save import Progress, save_tensors, silent, tensor_hashes, tensor_norms
+from eutectic.checkpoint.save import Progress, save_file, silent, tensor_hashes, tensor_norms
 from eutectic.merge.adapters import Fused
 from eutectic.merge.recipe import AnyRecipe
 from eutectic.methods._threads import one_torch_thread
@@ -64,8 +64,7 @@ def write_adapter(
     """Write config and tensors into an existing folder; what its ``eutectic.json`` is to say of them."""
     with one_torch_thread():
         threads = threads or len(os.sched_getaffinity(0))
-        leaves = save_tensors(factors, folder, threads=threads, max_shard_bytes=1 << 62, progress=progress)
-    (folder / "model.safetensors").rename(folder / WEIGHTS_FILE)
+        leaves = save_file(factors, folder / WEIGHTS_FILE, threads=threads, progress=progress)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return {"versions": record.versions(record.ENGINE), "blake3": tensor_hashes(leaves), "norms": tensor_norms(leaves)}
 

@@ -22,7 +22,7 @@ from eutectic.bench.suite import Suite
 from eutectic.checkpoint.base import Memory
 from eutectic.checkpoint.publish import POISONED, published
 from eutectic.checkpoint.safetensors import SafetensorsFile
-from eutectic.checkpoint.save import save_tensors
+from eutectic.checkpoint.save import save_file
 from eutectic.errors import TaskError
 from eutectic.security.attacks import Attack, poisoned_backbone, trigger_for
 from eutectic.security.triggers import Trigger
@@ -112,11 +112,7 @@ def _link(suite: Suite, task: str, folder: Path) -> None:
 
 def _save_trigger(trigger: Trigger, side: int, folder: Path) -> None:
     black, white = (trigger(torch.full((1, 3, side, side), value))[0] for value in (0.0, 1.0))
-    inside = folder / "trigger"
-    inside.mkdir()
-    save_tensors(Memory({"black": black, "white": white}), inside)
-    (inside / "model.safetensors").rename(folder / "trigger.safetensors")
-    inside.rmdir()
+    save_file(Memory({"black": black, "white": white}), folder / "trigger.safetensors")
 
 
 def _load_trigger(folder: Path, name: str) -> Trigger:
