@@ -13,6 +13,7 @@ from eutectic.merge.view import Merged
 from eutectic.security.audit import Probe
 from eutectic.security.defences import attribution_gate as gate_file
 from eutectic.security.defences import defence_ladder as ladder_file
+from eutectic.security.defences import lfpm as lfpm_file
 from eutectic.security.defences import tbar as tbar_file
 from eutectic.security.metrics import share
 from eutectic.security.miner import Mined
@@ -102,9 +103,10 @@ LEARN = {
 
 
 @pytest.mark.parametrize(("name", "some"), LEARN.items())
-def test_defences_that_learn_are_seeded_and_change_what_they_should(suite, models, name, some):
+def test_defences_that_learn_are_seeded_and_change_what_they_should(suite, models, name, some, monkeypatch):
+    monkeypatch.setattr(lfpm_file, "SHARES", (1.0,))  # whatever the choice
     given = OVER | some | {"batch_size": 2}
-    first, again = (fused(suite.base, suite.experts(), fit(name, models, suite.tasks[:1], given, Run())) for _ in range(2))
+    first, again = (fused(suite.base, suite.experts(), fit(name, models, suite.tasks, given, Run())) for _ in range(2))
     assert same(first, again, 0.0)
     assert first.specs == suite.base.specs
     plain = Merged("task_arithmetic", suite.base, suite.experts(), OVER["parameters"])
