@@ -41,7 +41,7 @@ WARM = 10
 
 
 def lfpm(
-    steps: Count = 110,
+    steps: Count = 220,
     lr: Positive = 3e-5,
     points: Count = 1,
     radius: NonNegative = 2e-3,
