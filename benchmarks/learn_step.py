@@ -347,7 +347,8 @@ def main() -> None:
                 peer = measured(arguments.peer, "--peer-child", [*settings, arguments.peer_memory], threads)
             print(row(f"{variant}, {threads}", ours, peer), flush=True)
             before[variant, threads] = ours
-            if in_float32 := before.get((variant.removesuffix(" autocast"), threads)) if "autocast" in variant else None:
+            if variant not in variants:
+                in_float32 = before[variant.removesuffix(" autocast"), threads]
                 wall, cpu = (statistics.median(in_float32[s]) / statistics.median(ours[s]) for s in ("step_s", "step_cpu_s"))
                 print(
                     f"  a step in bfloat16 is {wall:.2f} times as fast as in float32, in CPU seconds {cpu:.2f} times",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import typer
@@ -82,41 +82,58 @@ def reach_page() -> str:
         "Written by `make docs` from the records in `benchmarks/results`.  Mean accuracy over tasks in percent, ± its\n"
         "standard deviation over seeds, where there are several.\n"
     ]
-    for path in sorted(RESULTS.glob("*-generalisation.jsonl")):
-        partings: dict[str, dict[str, dict[str, list[float]]]] = {}
-        for found in record.load(path):
-            rows = partings.setdefault(found.protocol.removeprefix("generalisation: unseen ").split(";")[0], {})
-            rows.setdefault(found.method, {}).setdefault(found.task, []).append(100 * found.value)
-        parts.append(f"## {path.name.removesuffix('-generalisation.jsonl')}: unseen tasks\n")
-        parts.append("Only the seen tasks' experts are fused; all tasks have their heads.\n")
-        heads = [f"without {unseen}: {which}" for unseen in partings for which in ("seen", "unseen")]
-        lines = [f"| method | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
-        for method in dict.fromkeys(method for rows in partings.values() for method in rows):
-            cells = [
-                rows.get(method, {}).get(f"mean of {which}", []) for rows in partings.values() for which in ("seen", "unseen")
-            ]
-            lines.append(f"| {method} | {' | '.join(_spread(cell, statistics.mean, 1) for cell in cells)} |")
-        parts.append("\n".join(lines) + "\n")
-    for path in sorted(RESULTS.glob("*-robustness.jsonl")):
-        table: dict[tuple[str, str], dict[str, list[float]]] = {}
-        tasks: dict[str, None] = {}
-        for found in record.load(path):
-            adapted = found.protocol.removeprefix("robustness: adapted to ").split(" ")[0]
-            if found.task == "mean":
-                table.setdefault((found.method, adapted), {}).setdefault(found.split, []).append(100 * found.value)
-            else:
-                tasks[found.task] = None
-        splits = list(dict.fromkeys(split for row in table.values() for split in row))
-        parts.append(f"## {path.name.removesuffix('-robustness.jsonl')}: corrupted images\n")
-        parts.append(f"Tasks: {', '.join(tasks)}.  A column is a corruption and its severity, 1 to 5.\n")
-        heads = [split.removeprefix("test, ").replace("test", "clean") for split in splits]
-        lines = [f"| method | adapted to | {' | '.join(heads)} | mean of corrupted |", f"|---|---|{'---:|' * (len(heads) + 1)}"]
-        for (method, adapted), cells_of in table.items():
-            worse = [value for split, values in cells_of.items() if split != "test" for value in values]
-            cells = [*(cells_of.get(split, []) for split in splits), [statistics.mean(worse)]]
-            lines.append(f"| {method} | {adapted} | {' | '.join(_spread(cell, statistics.mean, 1) for cell in cells)} |")
-        parts.append("\n".join(lines) + "\n")
+    parts += [_unseen(path) for path in sorted(RESULTS.glob("*-generalisation.jsonl"))]
+    parts += [_corrupted(path) for path in sorted(RESULTS.glob("*-robustness.jsonl"))]
     return "\n".join(parts)
+
+
+def _unseen(path: Path) -> str:
+    values: dict[tuple[str, str, str], list[float]] = {}
+    for found in record.load(path):
+        unseen = found.protocol.removeprefix("generalisation: unseen ").split(";")[0]
+        values.setdefault((found.method, unseen, found.task), []).append(100 * found.value)
+    columns = [(unseen, which) for unseen in dict.fromkeys(u for _, u, _ in values) for which in ("seen", "unseen")]
+    rows = {
+        method: [values.get((method, unseen, f"mean of {which}"), []) for unseen, which in columns]
+        for method in dict.fromkeys(method for method, _, _ in values)
+    }
+    heads = ["method", *(f"without {unseen}: {which}" for unseen, which in columns)]
+    return (
+        f"## {path.name.removesuffix('-generalisation.jsonl')}: unseen tasks\n\n"
+        "Only the seen tasks' experts are fused; all tasks have their heads.\n\n"
+        f"{_means_table(heads, [([method], cells) for method, cells in rows.items()])}"
+    )
+
+
+def _corrupted(path: Path) -> str:
+    table: dict[tuple[str, str], dict[str, list[float]]] = {}
+    tasks: dict[str, None] = {}
+    for found in record.load(path):
+        adapted = found.protocol.removeprefix("robustness: adapted to ").split(" ")[0]
+        if found.task == "mean":
+            table.setdefault((found.method, adapted), {}).setdefault(found.split, []).append(100 * found.value)
+        else:
+            tasks[found.task] = None
+    splits = list(dict.fromkeys(split for row in table.values() for split in row))
+    rows = []
+    for names, cells in table.items():
+        worse = [value for split, values in cells.items() if split != "test" for value in values]
+        rows.append((names, [*(cells.get(split, []) for split in splits), [statistics.mean(worse)]]))
+    heads = [split.removeprefix("test, ").replace("test", "clean") for split in splits]
+    return (
+        f"## {path.name.removesuffix('-robustness.jsonl')}: corrupted images\n\n"
+        f"Tasks: {', '.join(tasks)}.  A column is a corruption and its severity, 1 to 5.\n\n"
+        f"{_means_table(['method', 'adapted to', *heads, 'mean of corrupted'], rows)}"
+    )
+
+
+def _means_table(heads: Sequence[str], rows: Sequence[tuple[Sequence[str], Sequence[list[float]]]]) -> str:
+    """A table of names and, in the columns after them, of means over seeds."""
+    numbers = len(rows[0][1])
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * (len(heads) - numbers)}{'---:|' * numbers}"]
+    for names, cells in rows:
+        lines.append(f"| {' | '.join([*names, *(_spread(cell, statistics.mean, 1) for cell in cells)])} |")
+    return "\n".join(lines) + "\n"
 
 
 def language_page() -> str:

@@ -19,8 +19,7 @@ from eutectic.merge.run import save
 from eutectic.task import Arrays, Task
 
 #: those that make weights; the others keep their experts
-DEFENCES = [name for name, home in registry.names("fusion").items() if home.startswith("eutectic.security.")]
-OTHERS = ("wemoe", "e_wemoe", "smile", "smile_prototypes", *DEFENCES)  # tested by themselves
+OTHERS = ("wemoe", "e_wemoe", "smile", "smile_prototypes", *registry.defences())  # tested by themselves
 EVERY = [name for name in registry.names("fusion") if name not in OTHERS]
 #: those that descend
 NAMES = [name for name in EVERY if "lr" in _api.validated(name, {})]

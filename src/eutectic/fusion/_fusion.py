@@ -65,12 +65,15 @@ class Run:
         """The same, kept in another folder."""
         return dataclasses.replace(self, folder=folder)
 
-    def forward(self, network: nn.Module, task: Task, inputs: Tensor) -> Tensor:
-        """A task's logits ``[B, C]``, in float32 or wider.  Raises TaskError if the head does not fit the network."""
+    def features(self, network: nn.Module, inputs: Tensor) -> Tensor:
+        """What a network gives the heads, in float32 or wider."""
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
             features = network(inputs.to(self.device))
-        if self.autocast:
-            features = features.float()
+        return features.float() if self.autocast else features
+
+    def forward(self, network: nn.Module, task: Task, inputs: Tensor) -> Tensor:
+        """A task's logits ``[B, C]``, in float32 or wider.  Raises TaskError if the head does not fit the network."""
+        features = self.features(network, inputs)
         try:
             logits = task.head(features)
         except RuntimeError as error:

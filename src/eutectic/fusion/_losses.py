@@ -20,12 +20,16 @@ def entropy(task: Task, logits: Tensor, index: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(1).mean()
 
 
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """The mean KL(target ‖ p) over a batch, in nats, of logits ``[B, C]`` and the log p ``[B, C]`` that they should give."""
+    return F.kl_div(F.log_softmax(logits, dim=1), target.to(logits), log_target=True, reduction="batchmean")
+
+
 def divergence_from(outputs: Mapping[str, Tensor]) -> Loss:
     """The mean KL(expert ‖ merged) over a batch, in nats; ``outputs`` has the experts' log p ``[N, C]`` by task."""
 
     def loss(task: Task, logits: Tensor, index: Tensor) -> Tensor:
-        target = outputs[task.name][index].to(logits)
-        return F.kl_div(F.log_softmax(logits, dim=1), target, log_target=True, reduction="batchmean")
+        return divergence(logits, outputs[task.name][index])
 
     return loss
 

@@ -35,6 +35,13 @@ def most_directions(base: Checkpoint, weights: Checkpoint, name: str) -> int:
     return 0 if torch.equal(weights.read(name), start) else min(start.flatten(1).shape)
 
 
+def matrix_shape(base: Checkpoint, name: str, turned: bool) -> tuple[int, int]:
+    """Outputs and inputs of a layer, from its weight W, Wᵀ if it is ``turned``, or a convolution's ``[m, C, h, w]``."""
+    spec = base.spec(name)
+    rows, columns = spec.shape[0], spec.numel // spec.shape[0]
+    return (columns, rows) if turned else (rows, columns)
+
+
 def change(base: Checkpoint, expert: str, weights: Checkpoint, name: str, most: int) -> Svd:
     """The strongest singular components of an expert's change of a matrix; none that is rounding.  Of a convolution's too.
 
@@ -84,8 +91,7 @@ class Factors(Checkpoint):
         self._held: dict[str, dict[str, Tensor]] = {}
         self._specs: dict[str, TensorSpec] = {}
         for prefix, (weight, bias, directions, rank, turned) in layers.items():
-            spec, N = base.spec(weight), len(experts)
-            (m, n), dtype = ((spec.shape[0], spec.numel // spec.shape[0])[:: -1 if turned else 1]), spec.dtype
+            (m, n), dtype, N = matrix_shape(base, weight, turned), base.spec(weight).dtype, len(experts)
             self._specs[f"{prefix}right"] = TensorSpec((N, directions, n), dtype)
             self._specs[f"{prefix}left"] = TensorSpec((m, N, rank), dtype)
             if bias is not None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
-from eutectic.fusion._lowrank import low_rank_layers, with_factors
+from eutectic.fusion._lowrank import low_rank_layers, matrix_shape, with_factors
 from eutectic.methods._method import Count
 from eutectic.task import Task
 
@@ -48,8 +48,7 @@ def smile(rank: Count = 32, gate_rank: Count = 16, top_k: Count = 1, rest: Liter
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
         sizes, own = low_rank_layers(models, run, rank, max(rank, gate_rank), patches=True)
         for layer, about in sizes.items():
-            weight = models.base.spec(own[layer][0][0])
-            width = weight.shape[0] if about["turned"] else weight.numel // weight.shape[0]
+            _, width = matrix_shape(models.base, own[layer][0][0], about["turned"])
             sizes[layer] = {**about, "top": top_k, "gate": min(gate_rank, width - 1)}
         return Artefact(Memory({}), {"layers": sizes, "own": own})
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eutectic.checkpoint.base import Checkpoint, Memory
-from eutectic.checkpoint.views import Select
 from eutectic.errors import ParameterError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import fill
@@ -66,7 +65,8 @@ def smile_prototypes(
         own = own_tasks(models, tasks)
         sizes, names = low_rank_layers(models, run, rank, rank, patches=ahead)
         numbered = {layer: match[1] for layer in sizes if (match := BLOCK.fullmatch(layer))}
-        blocks = numbered or {layer: layer for layer in sizes if layer in linears(models.network)}
+        plain = linears(models.network)
+        blocks = numbered or {layer: layer for layer in sizes if layer in plain}
         order = list(dict.fromkeys(blocks.values()))
         if len(order) <= after:
             raise ParameterError(f"after = {after}: experts differ in {len(order)} blocks of the network", ("after",))
@@ -93,7 +93,7 @@ def smile_prototypes(
 def _features(models: ModelSet, before: Checkpoint, leader: str, seen: Sequence[tuple[Task, Tensor]], run: Run) -> list[Tensor]:
     """φ̄ ``[S, 2 n]`` of inputs of each task, with the weights that they meet before the decision."""
     network, padding, found = copy.deepcopy(models.network), Padding(), list[list[Tensor]]()
-    fill(network, Select(before, models.base.specs.__contains__))
+    fill(network, before)
     padding.listen(network)
     module_of(linears(network)[leader]).register_forward_pre_hook(
         lambda module, args: found[-1].append(padding.mean(Discriminant.features(args[0])).double().cpu())

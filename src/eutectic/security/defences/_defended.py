@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from eutectic.security.audit import EVIDENCE, Probe, Probing, audit_models
 from eutectic.security.miner import Mined, mine, mode_of
 from eutectic.security.triggers import pixels_of
 from eutectic.task import Task
+
+Choice = TypeVar("Choice")
 
 
 def over(method: str, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -46,11 +48,12 @@ def tuned(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefac
     return laid_over(merged(base, experts, artefact.about), base, artefact)
 
 
-def trained(models: ModelSet) -> Artefact:
-    """The network's parameters as they are, for ``tuned`` to lay over a merge."""
+def trained(models: ModelSet, facts: Mapping[str, Any]) -> Artefact:
+    """The network's parameters as they are, for ``tuned`` to lay over a merge, and facts."""
     state, names = models.network.state_dict(keep_vars=True), names_of(models)
     firsts = [group[0] for group in names.values() if isinstance(state[group[0]], nn.Parameter)]
-    return finished({name: state[name].detach().clone() for name in firsts}, names, models.base)
+    found = finished({name: state[name].detach().clone() for name in firsts}, names, models.base)
+    return found._replace(about={**found.about, **facts})
 
 
 def suspicions(
@@ -145,6 +148,16 @@ def perturbed(task: Task, inputs: Tensor, mode: str, z: Tensor) -> Tensor:
     """A task's inputs with the trigger of parameters z, through which gradients go."""
     how = pixels_of(task)
     return how.inputs(mode_of(mode).change(z[None], how.of(inputs))[0])
+
+
+def chosen(looked: Sequence[tuple[Choice, float, float]], most: float, budget: float) -> Choice:
+    """Of lines (choice, agreement, success), the first of which is to do nothing: the first whose success is at most ``most``.
+
+    Only lines count whose agreement is at least the first's, less ``budget``; if none of them will do, that of least success.
+    """
+    within = [line for line in looked if line[1] >= looked[0][1] - budget]
+    good = [line for line in within if line[2] <= most]
+    return good[0][0] if good else min(within, key=lambda line: line[2])[0]
 
 
 @torch.no_grad()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import ParameterError, did_you_mean
+from eutectic.merge.view import Merged
+from eutectic.security.defences._defended import merged
 
 #: task → the names of its experts
 Groups = Mapping[str, Sequence[str]]
@@ -35,3 +38,13 @@ def grouped(experts: Mapping[str, Checkpoint], groups: Groups | None) -> dict[st
         name = min(twice)
         raise ParameterError(f"groups: {name!r} is also an expert that is in no group", ("groups", name))
     return found | alone
+
+
+def mean(some: Mapping[str, Checkpoint]) -> Checkpoint:
+    """A group's average; the expert itself if it is alone."""
+    return Merged("average", None, some) if len(some) > 1 else next(iter(some.values()))
+
+
+def together(base: Checkpoint, made: Mapping[str, Checkpoint], about: Mapping[str, Any]) -> Checkpoint:
+    """The merge of what was made of each group; of one there is nothing to merge."""
+    return merged(base, made, about) if len(made) > 1 else next(iter(made.values()))

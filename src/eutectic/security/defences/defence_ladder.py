@@ -14,7 +14,7 @@ from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import expert_outputs, fill
 from eutectic.methods._method import Count, Fraction
 from eutectic.registry import defences
-from eutectic.security.defences._defended import agreement, held_triggers, merged, mined_success, over
+from eutectic.security.defences._defended import agreement, chosen, held_triggers, merged, mined_success, over
 from eutectic.task import Task
 
 REFERENCE = "Eutectic, 2026"
@@ -64,9 +64,9 @@ def defence_ladder(
         fill(network, merged(models.base, models.experts, about))
         held = [one for mode in modes or ["centre"] for one in held_triggers(network, batches, run, mode, mining)]
         tried: list[dict[str, Any]] = []
-        made: list[Artefact | None] = []
+        made: list[Artefact] = []
 
-        def look(name: str, artefact: Artefact | None) -> bool:
+        def look(name: str, artefact: Artefact) -> bool:
             fill(network, laid(models.base, models.experts, about, name, artefact))
             found = {"rung": name, "agreement": agreement(network, batches, teacher, run)}
             found["success"] = mined_success(network, batches, held, run)
@@ -74,16 +74,15 @@ def defence_ladder(
             made.append(artefact)
             return found["success"] <= most and found["agreement"] >= tried[0]["agreement"] - budget
 
-        holds = look("none", None)
+        holds = look("none", Artefact(Memory({}), {}))
         for number, name in enumerate(names):
             if holds:
                 break
             run.progress(name, number, len(names))
             holds = look(name, fusion_of(name, about["over"]).fit(models, tasks, run))
-        within = [at for at, line in enumerate(tried) if line["agreement"] >= tried[0]["agreement"] - budget]
-        at = len(tried) - 1 if holds else min(within, key=lambda at: tried[at]["success"])
-        best = made[at] or Artefact(Memory({}), {})
-        return Artefact(best.tensors, {**best.about, **about, "rung": tried[at]["rung"], "held": holds, "tried": tried})
+        at = chosen([(at, line["agreement"], line["success"]) for at, line in enumerate(tried)], most, budget)
+        facts = {**made[at].about, **about, "rung": tried[at]["rung"], "held": holds, "tried": tried}
+        return Artefact(made[at].tensors, facts)
 
     def build(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Checkpoint:
         return laid(base, experts, artefact.about, artefact.about["rung"], artefact)
@@ -92,9 +91,9 @@ def defence_ladder(
 
 
 def laid(
-    base: Checkpoint, experts: Mapping[str, Checkpoint], about: Mapping[str, Any], name: str, artefact: Artefact | None
+    base: Checkpoint, experts: Mapping[str, Checkpoint], about: Mapping[str, Any], name: str, artefact: Artefact
 ) -> Checkpoint:
     """What a rung makes of the merge."""
-    if artefact is None or name == "none":
+    if name == "none":
         return merged(base, experts, about)
     return fusion_of(name, about["over"]).build(base, experts, artefact)

@@ -59,7 +59,6 @@ def ft_sam(
             history.append(value)
             run.progress("tuning", step + 1, steps)
         path.write(1.0)
-        found = trained(models)
-        return found._replace(about={**found.about, **about, "history": history})
+        return trained(models, about | {"history": history})
 
     return Fusion(fit, tuned)

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from eutectic.fusion._fit import Batches, generator
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
-from eutectic.fusion._losses import outputs
+from eutectic.fusion._losses import divergence, outputs
 from eutectic.methods._method import Count, NonNegative, Positive
 from eutectic.security.defences._defended import fill_with, merged, over, perturbations, perturbed, trained, tuned
 from eutectic.task import Task
@@ -61,13 +60,13 @@ def i_bau(
         batches, optimiser = Batches(run, tasks, batch_size), torch.optim.Adam(weights, lr=lr)
         z = perturbations(tasks, run, mode, generator(run.seed, "i_bau"))
 
-        def divergence(task: Task, step: int, triggered: bool) -> torch.Tensor:
+        def moved(task: Task, step: int, triggered: bool) -> torch.Tensor:
             index = batches.index(task, step)
             inputs = batches.inputs(task, index)
             if triggered:
                 inputs = perturbed(task, inputs, mode, z[task.name])
             logits = run.forward(network, task, inputs)
-            return F.kl_div(F.log_softmax(logits, 1), before[task.name][index], log_target=True, reduction="batchmean")
+            return divergence(logits, before[task.name][index])
 
         history = []
         for turn in range(rounds):
@@ -76,7 +75,7 @@ def i_bau(
             for number in range(inner):
                 for task in tasks:
                     z[task.name].requires_grad_()
-                    (slope,) = torch.autograd.grad(divergence(task, turn * inner + number, True), z[task.name])
+                    (slope,) = torch.autograd.grad(moved(task, turn * inner + number, True), z[task.name])
                     z[task.name] = z[task.name].detach() + inner_lr * slope.sign()
             for parameter in weights:
                 parameter.requires_grad_(True)
@@ -84,14 +83,13 @@ def i_bau(
             for number in range(steps):
                 for task in tasks:
                     at = turn * steps + number
-                    loss = divergence(task, at, True) + clean * divergence(task, at, False)
+                    loss = moved(task, at, True) + clean * moved(task, at, False)
                     loss.backward()
                     total += loss.item() / steps
                 optimiser.step()
                 optimiser.zero_grad()
             history.append(total)
             run.progress("unlearning", turn + 1, rounds)
-        found = trained(models)
-        return found._replace(about={**found.about, **about, "history": history})
+        return trained(models, about | {"history": history})
 
     return Fusion(fit, tuned)

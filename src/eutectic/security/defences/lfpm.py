@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from eutectic.fusion._fit import Batches, generator
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
-from eutectic.fusion._losses import expert_outputs
+from eutectic.fusion._losses import divergence, expert_outputs
 from eutectic.methods._method import Count, Fraction, NonNegative, Positive
 from eutectic.security.defences._defended import (
     Path,
     agreement,
+    chosen,
     fill_with,
     held_triggers,
     merged,
@@ -111,7 +111,7 @@ def lfpm(
         def both(task: Task, index: Tensor, through: nn.Module) -> Tensor:
             """Features ``[2 B, d]`` of a task's inputs, and of the same with its prompt."""
             inputs = batches.inputs(task, index)
-            return features(through, torch.cat([inputs, perturbed(task, inputs, mode, z[task.name])]), run)
+            return run.features(through, torch.cat([inputs, perturbed(task, inputs, mode, z[task.name])]))
 
         def loss(task: Task, h: Tensor, index: Tensor) -> Tensor:
             return path_loss(task, h, teacher[task.name][index], spaces.get(task.name), feature, clean)
@@ -119,8 +119,8 @@ def lfpm(
         def climb(task: Task, index: Tensor) -> None:
             """Move the prompt alone."""
             knots = z[task.name].requires_grad_()
-            h = features(network, perturbed(task, batches.inputs(task, index), mode, knots), run)
-            (slope,) = torch.autograd.grad(divergence(task, h, teacher[task.name][index]), knots)
+            logits = run.forward(network, task, perturbed(task, batches.inputs(task, index), mode, knots))
+            (slope,) = torch.autograd.grad(divergence(logits, teacher[task.name][index]), knots)
             z[task.name] = knots.detach() + inner_lr * slope.sign()
 
         def error(step: int) -> float:
@@ -177,9 +177,8 @@ def lfpm(
             looked.append((share, agreement(network, batches, teacher, run), mined_success(network, batches, held, run)))
         share = chosen(looked, most, budget)
         path.write(share)
-        found = trained(models)
         learned = {"share": share, "looked": looked, "history": history, "linearity_errors": errors[1:]}
-        return found._replace(about={**found.about, **about, **learned})
+        return trained(models, about | learned)
 
     return Fusion(fit, tuned)
 
@@ -201,33 +200,14 @@ def subspaces(features_BD: Tensor, shifts_BD: Tensor, energy: float = 0.95, rank
 def path_loss(task: Task, h: Tensor, target: Tensor, space: Tensor | None, feature: float, clean: float) -> Tensor:
     """ℓ of features ``[2 B, D]``, clean ones first, and the log p ``[B, C]`` that they should give."""
     plain, moved = h.chunk(2)
-    value = divergence(task, moved, target) + clean * divergence(task, plain, target)
+    value = divergence(task.head(moved), target) + clean * divergence(task.head(plain), target)
     if space is None:
         return value
     shift = (moved - plain.detach()) @ space
     return value + feature * shift.square().sum(1).mean() / plain.detach().square().sum(1).mean()
 
 
-def divergence(task: Task, h: Tensor, target: Tensor) -> Tensor:
-    """The mean KL from log p ``[B, C]`` to what the head makes of features ``[B, D]``, in nats."""
-    return F.kl_div(F.log_softmax(task.head(h), 1), target.to(h), log_target=True, reduction="batchmean")
-
-
 def spread(points: int, noise: torch.Generator) -> list[float]:
     """That many α in (0, 1], one in each of as many equal parts, and 1 itself."""
     drawn = torch.rand((), generator=noise).item()
     return [*((k + drawn) / points for k in range(points - 1)), 1.0]
-
-
-def features(network: nn.Module, inputs: Tensor, run: Run) -> Tensor:
-    """``[B, D]``, in float32 or wider."""
-    with torch.autocast(run.device, torch.bfloat16, enabled=run.autocast):
-        found = network(inputs.to(run.device))
-    return found.float() if run.autocast else found
-
-
-def chosen(looked: Sequence[tuple[float, float, float]], most: float, budget: float) -> float:
-    """The share, of lines (share, agreement, success) from 0 on, as ``lfpm`` says."""
-    within = [line for line in looked if line[1] >= looked[0][1] - budget]
-    good = [line for line in within if line[2] <= most]
-    return good[0][0] if good else min(within, key=lambda line: line[2])[0]

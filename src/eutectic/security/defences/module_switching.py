@@ -13,10 +13,9 @@ from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.checkpoint.views import Overlay, Select
 from eutectic.fusion._fit import generator
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
-from eutectic.merge.view import Merged
 from eutectic.methods._method import Count
-from eutectic.security.defences._defended import merged, over
-from eutectic.security.defences._groups import grouped
+from eutectic.security.defences._defended import over
+from eutectic.security.defences._groups import grouped, mean, together
 from eutectic.task import Task
 
 REFERENCE = "Li et al., Defending against backdoor attacks via module switching, ICLR 2026, arXiv:2504.05902"
@@ -114,13 +113,11 @@ def switched(modules: Sequence[Module], experts: int, moves: int, seed: int) -> 
 
 def assembled(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Checkpoint:
     """The merge of what the groups' modules make."""
-    modules, made = modules_of(base), {}
+    modules, made = modules_of(base), dict[str, Checkpoint]()
     for group, some in grouped(experts, artefact.about["groups"]).items():
-        weights = list(some.values())
-        whole: Checkpoint = Merged("average", None, some) if len(some) > 1 else weights[0]
-        for number, expert in enumerate(weights if len(some) > 1 else []):
+        made[group] = mean(some)
+        for number, expert in enumerate(some.values() if len(some) > 1 else []):
             pairs = zip(modules, artefact.about["sources"][group], strict=True)
             own = {name for module, source in pairs if source == number for name in module.tensors}
-            whole = Overlay(whole, Select(expert, own.__contains__))
-        made[group] = whole
-    return merged(base, made, artefact.about) if len(made) > 1 else next(iter(made.values()))
+            made[group] = Overlay(made[group], Select(expert, own.__contains__))
+    return together(base, made, artefact.about)

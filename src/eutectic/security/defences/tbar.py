@@ -13,6 +13,7 @@ from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import outputs
 from eutectic.methods._method import Count, Fraction, Positive
 from eutectic.security.defences._defended import (
+    Path,
     agreement,
     fill_with,
     merged,
@@ -62,34 +63,26 @@ def tbar(
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
         about, network = over(method, parameters), models.network
         found = suspicions(models, tasks, run, lambda some: merged(models.base, some, about), mining=mining)
-        weights = fill_with(network, merged(models.base, models.experts, about))
-        start = [parameter.detach().clone() for parameter in weights]
+        path = Path(fill_with(network, merged(models.base, models.experts, about)))
         batches, named = Batches(run, tasks, batch_size), {task.name: task for task in tasks}
         before = {task.name: outputs(network, task, run) for task in tasks}
-        optimiser = torch.optim.Adam(weights, lr=lr)
+        optimiser = torch.optim.Adam(path.tau, lr=lr)
         for step in range(steps if found else 0):
+            path.write(1.0)
             for probe in found:
                 task = named[probe.task]
                 inputs = batches.inputs(task, batches.index(task, step))
                 logits = run.forward(network, task, probe.mined.trigger.on(inputs, pixels_of(task)))
                 F.cross_entropy(logits, torch.full((len(logits),), probe.target)).backward()
+            path.collect()
             optimiser.step()
-            optimiser.zero_grad()
             run.progress("teaching the mined triggers", step + 1, steps)
-        away = [parameter.detach() - theta for parameter, theta in zip(weights, start, strict=True)]
-
-        def at(alpha: float) -> None:
-            with torch.no_grad():
-                for parameter, theta, change in zip(weights, start, away, strict=True):
-                    parameter.copy_(theta - alpha * change)
-
         looked = []
         for alpha in (0.0, *(SCALES if found else ())):
-            at(alpha)
+            path.write(-alpha)
             looked.append((alpha, agreement(network, batches, before, run), mined_success(network, batches, found, run)))
         alpha = min((line for line in looked if line[1] >= 1 - budget), key=lambda line: line[2])[0]
-        at(alpha)
-        kept = trained(models)
-        return kept._replace(about={**kept.about, **about, "alpha": alpha, "looked": looked})
+        path.write(-alpha)
+        return trained(models, about | {"alpha": alpha, "looked": looked})
 
     return Fusion(fit, tuned)

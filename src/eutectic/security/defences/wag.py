@@ -7,9 +7,8 @@ from typing import Any
 
 from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
-from eutectic.merge.view import Merged
-from eutectic.security.defences._defended import merged, over
-from eutectic.security.defences._groups import grouped
+from eutectic.security.defences._defended import over
+from eutectic.security.defences._groups import grouped, mean, together
 from eutectic.task import Task
 
 REFERENCE = (
@@ -50,8 +49,5 @@ def wag(
 
 def averaged(base: Checkpoint, experts: Mapping[str, Checkpoint], artefact: Artefact) -> Checkpoint:
     """The merge of each group's average."""
-    means = {
-        group: Merged("average", None, some) if len(some) > 1 else next(iter(some.values()))
-        for group, some in grouped(experts, artefact.about["groups"]).items()
-    }
-    return merged(base, means, artefact.about) if len(means) > 1 else next(iter(means.values()))
+    means = {group: mean(some) for group, some in grouped(experts, artefact.about["groups"]).items()}
+    return together(base, means, artefact.about)
