@@ -14,9 +14,12 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-/* One binary for old and new processors: the loader picks the widest version that runs. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define WIDE __attribute__((target_clones("avx512f", "fma", "default")))
+/* One binary for old and new processors: the loader picks the widest version that runs.  Not "avx512f", which alone has no
+ * instruction that multiplies and adds vectors of 8. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define WIDE __attribute__((target_clones("arch=x86-64-v4", "fma", "default")))
+#elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDE __attribute__((target_clones("fma", "default")))
 #else
 #define WIDE
 #endif
@@ -73,44 +76,42 @@ INLINE void multiply(const float (*w)[STEP], const float *x, int64_t n, float *y
         for (int64_t r = 0; r < rows; r++) y[t * m + r] = more ? y[t * m + r] + turned[t][r] : turned[t][r];
 }
 
-/* Tokens [samples, tokens, n] into panels [samples, ⌈tokens / 8⌉, n, 8], the last filled with zeros. */
-WIDE EXPORT void eutectic_panels(const float *restrict x, int64_t samples, int64_t tokens, int64_t n, float *restrict out)
+/* Tokens [samples, tokens, n], that lie `stride` apart, into panels [samples, ⌈tokens / 8⌉, n, 8], the last filled with zeros. */
+WIDE EXPORT void eutectic_panels(const float *restrict x, int64_t samples, int64_t tokens, int64_t n, int64_t stride,
+                                 float *restrict out)
 {
-    for (int64_t b = 0; b < samples; b++, x += tokens * n)
+    for (int64_t b = 0; b < samples; b++, x += tokens * stride)
         for (int64_t t = 0; t < tokens; t += LANES, out += n * LANES)
             for (int64_t k = 0; k < n; k++)
-                for (int64_t l = 0; l < LANES; l++) out[k * LANES + l] = t + l < tokens ? x[(t + l) * n + k] : 0;
+                for (int64_t l = 0; l < LANES; l++) out[k * LANES + l] = t + l < tokens ? x[(t + l) * stride + k] : 0;
 }
 
-/* y[b] = (W + Σᵢ c[b][i] Dᵢ) x[b] for each sample: x in panels, c [samples, experts], W [rows, n], y [samples, tokens, …] whose
- * tokens lie `m` apart.  Dᵢ lie `stride` apart, their groups of ROWS rows `group`. */
-WIDE EXPORT void eutectic_per_sample(const float *x, const float *c, const float *w, const float *d, int64_t stride, int64_t group,
-                                     float *y, int64_t m, int64_t samples, int64_t tokens, int64_t experts, int64_t rows, int64_t n)
+/* y[b] = (W + Σᵢ c[b][i] Dᵢ) x[b] for each sample, or that more: x in panels, c [samples, experts], W [rows, n] and Dᵢ with n no
+ * more than DEPTH, whose rows lie `w_row` and `d_row` apart, y [samples, tokens, …] whose tokens lie `m` apart.  Dᵢ lie `stride`
+ * apart, their groups of ROWS rows `group`. */
+WIDE EXPORT void eutectic_per_sample(const float *x, const float *c, const float *w, int64_t w_row, const float *d, int64_t stride,
+                                     int64_t d_row, int64_t group, float *y, int64_t m, int64_t samples, int64_t tokens,
+                                     int64_t experts, int64_t rows, int64_t n, int more)
 {
     int64_t panels = (tokens + LANES - 1) / LANES;
     float merged[SAMPLES][ROWS][STEP];
     for (int s = 0; s < SAMPLES; s++) /* rows past the last are multiplied, too, and forgotten */
         for (int64_t r = 0; r < ROWS; r++)
             for (int64_t k = 0; k < STEP; k++) merged[s][r][k] = 0;
-    for (int64_t k = 0; k < n; k += DEPTH) {
-        int64_t depth = n - k < DEPTH ? n - k : DEPTH;
-        for (int64_t r = 0; r < rows; r += ROWS) {
-            int64_t some = rows - r < ROWS ? rows - r : ROWS;
-            for (int64_t b = 0; b < samples; b += SAMPLES) {
-                const float *own[SAMPLES]; /* samples past the last are merged as the last, and not multiplied */
-                for (int s = 0; s < SAMPLES; s++) own[s] = c + (b + s < samples ? b + s : samples - 1) * experts;
-                for (int64_t i = 0; i < some; i++) {
-                    const float *from = w + (r + i) * n + k, *change = d + r / ROWS * group + i * n + k;
-                    if (samples > 1) merge(SAMPLES, from, change, stride, own, experts, depth, merged[0][i]);
-                    else merge(1, from, change, stride, own, experts, depth, merged[0][i]);
+    for (int64_t r = 0; r < rows; r += ROWS, w += ROWS * w_row, d += group) {
+        int64_t some = rows - r < ROWS ? rows - r : ROWS;
+        for (int64_t b = 0; b < samples; b += SAMPLES) {
+            const float *own[SAMPLES]; /* samples past the last are merged as the last, and not multiplied */
+            for (int s = 0; s < SAMPLES; s++) own[s] = c + (b + s < samples ? b + s : samples - 1) * experts;
+            for (int64_t i = 0; i < some; i++)
+                if (samples > 1) merge(SAMPLES, w + i * w_row, d + i * d_row, stride, own, experts, n, merged[0][i]);
+                else merge(1, w + i * w_row, d + i * d_row, stride, own, experts, n, merged[0][i]);
+            for (int s = 0; s < SAMPLES && b + s < samples; s++)
+                for (int64_t p = 0; p < panels; p++) {
+                    int64_t t = p * LANES, left = tokens - t < LANES ? tokens - t : LANES;
+                    const float *from = x + ((b + s) * panels + p) * n * LANES;
+                    multiply(merged[s], from, n, y + ((b + s) * tokens + t) * m + r, m, some, left, more);
                 }
-                for (int s = 0; s < SAMPLES && b + s < samples; s++)
-                    for (int64_t p = 0; p < panels; p++) {
-                        int64_t t = p * LANES, left = tokens - t < LANES ? tokens - t : LANES;
-                        const float *from = x + (((b + s) * panels + p) * n + k) * LANES;
-                        multiply(merged[s], from, depth, y + ((b + s) * tokens + t) * m + r, m, some, left, k > 0);
-                    }
-            }
         }
     }
 }

@@ -16,6 +16,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,9 +24,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-#: entries of a matrix that are merged at a time, about, and rows that the compiled loops take at once: sparse experts are saved
-#: in tiles of these, so they stay; and tokens that the loops take at once
-TILE, ROWS, LANES = 1 << 17, 12, 8
+#: entries of a matrix that are merged at a time, about, and rows and columns that the compiled loops take at once: sparse experts
+#: are saved in tiles of these, so they stay; and tokens that the loops take at once
+TILE, ROWS, DEPTH, LANES = 1 << 17, 12, 768, 8
 #: for so many samples each merges sparse experts for itself; for more, the experts are unpacked once
 FEW = 2
 
@@ -36,8 +37,8 @@ def _load() -> ctypes.CDLL | None:
         return None
     library = ctypes.CDLL(found.origin)
     at, count = ctypes.c_void_p, ctypes.c_int64
-    library.eutectic_panels.argtypes = [at, count, count, count, at]
-    library.eutectic_per_sample.argtypes = [at, at, at, at, count, count, at, *[count] * 6]
+    library.eutectic_panels.argtypes = [at, count, count, count, count, at]
+    library.eutectic_per_sample.argtypes = [at, at, at, count, at, *[count] * 3, at, *[count] * 6, ctypes.c_int]
     library.eutectic_scatter.argtypes = [at, at, count, at, count, count, at]
     return library
 
@@ -51,7 +52,7 @@ def per_sample(x: Tensor, c: Tensor, weight: Tensor, deltas: Tensor) -> Tensor:
 
     Differentiable by x, c and W₀; D ``[N, m, n]`` is constant.
     """
-    return _product(x, c, weight, _Dense(deltas.detach().flatten(1)))
+    return _product(x, c, weight, _Dense(deltas.detach().contiguous()))
 
 
 def sparse_per_sample(x: Tensor, c: Tensor, weight: Tensor, gaps: Tensor, values: Tensor, counts: Sequence[int]) -> Tensor:
@@ -81,8 +82,8 @@ def packed(deltas: Tensor, density: float) -> tuple[Tensor, Tensor, tuple[int, .
     """
     deltas = torch.stack([pruned(delta, density) for delta in deltas])
     gaps, values, counts = list[Tensor](), list[Tensor](), list[int]()
-    for rows in tiles(deltas.shape[1:]):
-        tile = _grouped(deltas[:, rows]).flatten()
+    for part in tiles(deltas.shape[1:]):
+        tile = _grouped(deltas[:, *part]).flatten()
         at = tile.nonzero()[:, 0]
         gap = at.diff(prepend=at.new_zeros(1))
         between = (gap - 1).clamp_min(0) // 255
@@ -94,11 +95,19 @@ def packed(deltas: Tensor, density: float) -> tuple[Tensor, Tensor, tuple[int, .
     return torch.cat(gaps), torch.cat(values), tuple(counts)
 
 
-def tiles(shape: Sequence[int]) -> list[slice]:
-    """The rows of a matrix that are merged together."""
+class Tile(NamedTuple):
+    """Rows and columns of a matrix that are merged together."""
+
+    rows: slice
+    columns: slice
+
+
+def tiles(shape: Sequence[int]) -> list[Tile]:
+    """Those of a matrix of this shape, one column of them after the other."""
     m, n = shape
-    step = max(1, TILE // n // ROWS) * ROWS
-    return [slice(start, min(start + step, m)) for start in range(0, m, step)]
+    columns = [slice(start, min(start + DEPTH, n)) for start in range(0, n, DEPTH)]
+    step = max(1, TILE // min(n, DEPTH) // ROWS) * ROWS
+    return [Tile(slice(start, min(start + step, m)), some) for some in columns for start in range(0, m, step)]
 
 
 def _grouped(deltas: Tensor) -> Tensor:
@@ -109,7 +118,7 @@ def _grouped(deltas: Tensor) -> Tensor:
 class _Part(NamedTuple):
     """What is to be merged for some samples: W ``[rows, n]``, and the D of N experts, or of none where that is done.
 
-    Two experts lie ``stride`` entries apart, and two groups of ``ROWS`` rows ``group``.
+    Two experts lie ``stride`` entries apart, two rows ``row``, and two groups of ``ROWS`` rows ``group``.
     """
 
     samples: slice
@@ -117,29 +126,29 @@ class _Part(NamedTuple):
     deltas: Tensor
     experts: int
     stride: int
+    row: int
     group: int
 
 
 class _Experts(Protocol):
-    def read(self, tile: int, rows: slice, weight: Tensor) -> Tensor:
-        """Their entries in these rows, ``[N, rows · n]``."""
+    def read(self, number: int, tile: Tile, weight: Tensor) -> Tensor:
+        """Their entries in this tile, ``[N, rows · columns]``; W there is ``weight``."""
         ...
 
-    def parts(self, tile: int, rows: slice, c: Tensor, weight: Tensor) -> Iterator[_Part]:
+    def parts(self, number: int, tile: Tile, c: Tensor, weight: Tensor) -> Iterator[_Part]:
         """For all samples, or for one after the other."""
         ...
 
 
 class _Dense(NamedTuple):
-    flat: Tensor
+    deltas: Tensor
 
-    def read(self, tile: int, rows: slice, weight: Tensor) -> Tensor:
-        n = weight.shape[1]
-        return self.flat[:, rows.start * n : rows.stop * n]
+    def read(self, number: int, tile: Tile, weight: Tensor) -> Tensor:
+        return self.deltas[:, *tile].flatten(1)
 
-    def parts(self, tile: int, rows: slice, c: Tensor, weight: Tensor) -> Iterator[_Part]:
-        D = self.read(tile, rows, weight)
-        yield _Part(slice(len(c)), weight[rows], D, len(D), D.stride(0), ROWS * weight.shape[1])
+    def parts(self, number: int, tile: Tile, c: Tensor, weight: Tensor) -> Iterator[_Part]:
+        D = self.deltas[:, *tile]
+        yield _Part(slice(len(c)), weight, D, len(D), D.stride(0), D.stride(1), ROWS * D.stride(1))
 
 
 class _Sparse(NamedTuple):
@@ -147,29 +156,29 @@ class _Sparse(NamedTuple):
     values: Sequence[Tensor]
     experts: int
 
-    def read(self, tile: int, rows: slice, weight: Tensor) -> Tensor:
-        some = weight[rows]
-        return self._groups(tile, some).transpose(0, 1).flatten(1)[:, : some.numel()]
+    def read(self, number: int, tile: Tile, weight: Tensor) -> Tensor:
+        return self._groups(number, weight).transpose(0, 1).flatten(1)[:, : weight.numel()]
 
-    def parts(self, tile: int, rows: slice, c: Tensor, weight: Tensor) -> Iterator[_Part]:
+    def parts(self, number: int, tile: Tile, c: Tensor, weight: Tensor) -> Iterator[_Part]:
+        n = weight.shape[1]
         if len(c) > FEW:
-            D = self._groups(tile, weight[rows])
-            yield _Part(slice(len(c)), weight[rows], D, self.experts, D.stride(1), D.stride(0))
+            D = self._groups(number, weight)
+            yield _Part(slice(len(c)), weight, D, self.experts, D.stride(1), n, D.stride(0))
             return
         for b, own in enumerate(c):
-            merged = weight[rows].clone()
-            self._add(tile, own, ROWS * weight.shape[1], merged)
-            yield _Part(slice(b, b + 1), merged, merged, 0, 0, 0)
+            merged = weight.clone(memory_format=torch.contiguous_format)
+            self._add(number, own, ROWS * n, merged)
+            yield _Part(slice(b, b + 1), merged, merged, 0, 0, 0, 0)
 
-    def _groups(self, tile: int, weight: Tensor) -> Tensor:
+    def _groups(self, number: int, weight: Tensor) -> Tensor:
         found = weight.new_zeros(-(-len(weight) // ROWS), self.experts, ROWS * weight.shape[1])
         if _loops_take(found):
-            self._add(tile, found.new_ones(1), found.numel(), found)
+            self._add(number, found.new_ones(1), found.numel(), found)
             return found
-        return found.flatten().scatter(0, self.gaps[tile].cumsum(0, dtype=torch.int64), self.values[tile]).view_as(found)
+        return found.flatten().scatter(0, self.gaps[number].cumsum(0, dtype=torch.int64), self.values[number]).view_as(found)
 
-    def _add(self, tile: int, c: Tensor, size: int, out: Tensor) -> None:
-        gaps, values = self.gaps[tile], self.values[tile]
+    def _add(self, number: int, c: Tensor, size: int, out: Tensor) -> None:
+        gaps, values = self.gaps[number], self.values[number]
         _library().eutectic_scatter(gaps.data_ptr(), values.data_ptr(), len(gaps), c.data_ptr(), len(c), size, out.data_ptr())
 
 
@@ -187,24 +196,26 @@ class _Product(torch.autograd.Function):
         ctx.experts = experts
         if _loops_take(x) and x.shape[1] > 1:
             return _loops(x, c.contiguous(), weight.contiguous(), experts)
-        return torch.cat(
-            [_rows(x, c, weight[rows], experts.read(tile, rows, weight)) for tile, rows in enumerate(tiles(weight.shape))],
-            dim=2,
-        )
+        y = x.new_zeros(*x.shape[:2], len(weight))
+        for number, tile in enumerate(tiles(weight.shape)):
+            some = weight[tile]
+            y[..., tile.rows] += _rows(x[..., tile.columns], c, some, experts.read(number, tile, some))
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         (G,) = gradients
         x, c, weight = ctx.saved_tensors
-        by_x, by_c, by_weight = torch.zeros_like(x), torch.zeros_like(c), list[Tensor]()
-        for tile, rows in enumerate(tiles(weight.shape)):
-            some, D = G[..., rows], ctx.experts.read(tile, rows, weight)
-            by_x.baddbmm_(some, _merged(c, weight[rows], D))
-            outer = some.mT @ x
+        by_x, by_c, by_weight = torch.zeros_like(x), torch.zeros_like(c), torch.zeros_like(weight)
+        for number, tile in enumerate(tiles(weight.shape)):
+            own, some, W = G[..., tile.rows], x[..., tile.columns], weight[tile]
+            D = ctx.experts.read(number, tile, W)
+            by_x[..., tile.columns].baddbmm_(own, _merged(c, W, D))
+            outer = own.mT @ some
             by_c.addmm_(outer.flatten(1), D.mT)
-            by_weight.append(outer.sum(0))
-        return by_x, by_c, torch.cat(by_weight), None
+            by_weight[tile] = outer.sum(0)
+        return by_x, by_c, by_weight, None
 
 
 def _merged(c: Tensor, weight: Tensor, D: Tensor) -> Tensor:
@@ -232,25 +243,28 @@ def _loops_take(x: Tensor) -> bool:
 
 def _loops(x: Tensor, c: Tensor, weight: Tensor, experts: _Experts) -> Tensor:
     """The compiled loops; as many of them at a time as torch has threads."""
-    (B, T, n), m = x.shape, len(weight)
-    panels, y = x.new_empty(B, -(-T // LANES), n, LANES), x.new_empty(B, T, m)
-
-    def turn(some: tuple[Tensor, Tensor]) -> None:
-        part = some[0].contiguous()
-        _library().eutectic_panels(part.data_ptr(), len(part), T, n, some[1].data_ptr())
-
-    def run(tile: tuple[int, slice]) -> None:
-        for some, W, D, N, stride, group in experts.parts(*tile, c, weight):
-            own, out = c[some], y[some, :, tile[1]]
-            _library().eutectic_per_sample(
-                *(panels[some].data_ptr(), own.data_ptr(), W.data_ptr(), D.data_ptr(), stride, group),
-                *(out.data_ptr(), m, len(own), T, N, len(W), n),
-            )
-
-    threads = torch.get_num_threads()
+    (B, T, _), m = x.shape, len(weight)
+    x, y, threads = x.contiguous(), x.new_empty(B, T, m), torch.get_num_threads()
     spread = map if threads == 1 else _threads(threads).map
-    deque(spread(turn, zip(x.chunk(threads), panels.chunk(threads), strict=True)), maxlen=0)
-    deque(spread(run, enumerate(tiles(weight.shape))), maxlen=0)
+    # one column of tiles after the other: its inputs stay in the cache, and what comes later is added
+    for columns, column in groupby(enumerate(tiles(weight.shape)), lambda numbered: numbered[1].columns):
+        some, n = x[..., columns], columns.stop - columns.start
+        panels = x.new_empty(B, -(-T // LANES), n, LANES)
+
+        def turn(part: tuple[Tensor, Tensor], n: int = n) -> None:
+            _library().eutectic_panels(part[0].data_ptr(), len(part[0]), T, n, x.stride(1), part[1].data_ptr())
+
+        def run(numbered: tuple[int, Tile], n: int = n, panels: Tensor = panels) -> None:
+            number, tile = numbered
+            for samples, W, D, N, stride, row, group in experts.parts(number, tile, c, weight[tile]):
+                own, out = c[samples], y[samples, :, tile.rows]
+                _library().eutectic_per_sample(
+                    *(panels[samples].data_ptr(), own.data_ptr(), W.data_ptr(), W.stride(0), D.data_ptr(), stride, row, group),
+                    *(out.data_ptr(), m, len(own), T, N, len(W), n, tile.columns.start > 0),
+                )
+
+        deque(spread(turn, zip(some.chunk(threads), panels.chunk(threads), strict=True)), maxlen=0)
+        deque(spread(run, column), maxlen=0)
     return y
 
 
