@@ -71,9 +71,10 @@ def naive(token, W0, b0, Ws, bs, rank, gate_rank, top):
     return W0 @ token + b0 + sum(p[i] / sum(p[j] for j in best) * outputs[i] for i in best)
 
 
-@pytest.mark.parametrize("top", [1, 2, 3, 9])
+@pytest.mark.parametrize(("top", "many"), [(1, 0), (1, FULL), (2, 0), (3, 0), (9, 0)])
 @pytest.mark.parametrize(("rank", "gate_rank"), [(1, 1), (3, 2), (2, 4), (FULL, 3)])
-def test_it_is_the_papers_equations_token_by_token(rank, gate_rank, top):
+def test_it_is_the_papers_equations_token_by_token(rank, gate_rank, top, many, monkeypatch):
+    monkeypatch.setattr(_routed, "MANY", many)
     network = mlp()
     experts = experts_of(network, ("a", "b", "c"), noise=1)
     tokens, expected = x(7, 6), []
@@ -253,13 +254,28 @@ def test_a_layer_grows_as_the_formula_says(rank, gate_rank):
 
 
 @pytest.mark.parametrize("kind", ["vit", "t5", "awkward"])
-def test_an_output_does_not_depend_on_what_else_is_in_the_batch(kind):
+@pytest.mark.parametrize("many", [0, FULL])
+def test_an_output_does_not_depend_on_what_else_is_in_the_batch(kind, many, monkeypatch):
+    monkeypatch.setattr(_routed, "MANY", many)
     network, _ = network_of(kind)
     mixture, inputs = fused(network, experts_of(network), rank=2), inputs_of(kind, 6)
     together = mixture(inputs)
     torch.testing.assert_close(together, torch.cat([mixture(one[None]) for one in inputs]), rtol=0, atol=1e-12)
     torch.testing.assert_close(together.flip(0), mixture(inputs.flip(0)), rtol=0, atol=1e-12)
     assert (together - network(inputs)).abs().max() > 0.05
+
+
+def test_many_tokens_go_through_one_expert_after_the_other_with_the_same_gradients(monkeypatch):
+    network = mlp(widths=(6, 8))
+    mixture = fused(network, experts_of(network, ("a", "b", "c"), noise=1))
+    assert len(set(mixture[0].choice(x(40, 6)).argmax(-1).tolist())) == 3
+    found = []
+    for many in (0, FULL):
+        monkeypatch.setattr(_routed, "MANY", many)
+        inputs = x(40, 6).requires_grad_()
+        y = mixture(inputs)
+        found.append((y.detach(), *torch.autograd.grad(y.square().sum(), [inputs, mixture[0].weight, mixture[0].bias])))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
 
 
 def test_no_model_is_changed_and_the_mixture_shares_nothing():

@@ -22,7 +22,7 @@ from eutectic.merge.compose import Joined
 from eutectic.merge.view import Merged, rounding
 from eutectic.methods._spectral import WORKSPACE, Svd, sketched, svd_of_product
 
-#: layers whose factors are kept after a read: two for each of two threads, as a chunk may end in the middle of a layer
+#: layers whose decompositions are kept after a read: two for each of two threads, as a chunk may end in the middle of a layer
 HELD = 4
 
 
@@ -80,15 +80,16 @@ class Layer(NamedTuple):
 class Factors(Checkpoint):
     """What ``LowRankExperts`` holds beside W₀ and b₀: ``right``, ``left`` and, with a bias, ``shift``, in the base's dtype.
 
-    A layer is decomposed when one of its factors is read, and forgotten when ``HELD`` others were.  It owns nothing.
+    An expert's change of a layer is decomposed when one of its factors is read, and forgotten when ``HELD`` others of each
+    expert were.  It owns nothing.
     """
 
     def __init__(self, base: Checkpoint, experts: Mapping[str, Checkpoint], layers: Mapping[str, Layer]) -> None:
         """``layers`` are by the prefix of their tensors' names, which ends in a dot unless it is empty."""
         self._base, self._experts, self._layers = base, dict(experts), dict(layers)
         self.origin, self.files = base.origin, base.files
-        self._turns = {prefix: Turn() for prefix in layers}
-        self._held: dict[str, dict[str, Tensor]] = {}
+        self._turns = {(prefix, expert): Turn() for prefix in layers for expert in experts}
+        self._turn, self._held = Turn(), dict[tuple[str, str], Svd]()
         self._specs: dict[str, TensorSpec] = {}
         for prefix, (weight, bias, directions, rank, turned) in layers.items():
             (m, n), dtype, N = matrix_shape(base, weight, turned), base.spec(weight).dtype, len(experts)
@@ -107,19 +108,27 @@ class Factors(Checkpoint):
         return self._of(prefix, key).to(self._specs[name].dtype).reshape(-1)[start:stop]
 
     def _of(self, prefix: str, key: str) -> Tensor:
-        weight, bias, directions, rank, turned = self._layers[prefix]
+        _, bias, directions, rank, _ = self._layers[prefix]
         if key == "shift" and bias is not None:
             return differences(self._base, self._experts, bias)
-        with self._turns[prefix]:
-            found = self._held.get(prefix)
+        names = list(self._experts)
+        for expert in names if key == "right" else reversed(names):  # two threads at one layer come to meet each other
+            self._part(prefix, expert)
+        right, left = factors([self._part(prefix, expert) for expert in names], directions, rank)
+        return right if key == "right" else left
+
+    def _part(self, prefix: str, expert: str) -> Svd:
+        weight, _, directions, rank, turned = self._layers[prefix]
+        with self._turns[prefix, expert]:
+            found = self._held.get((prefix, expert))
             if found is None:
-                most = max(directions, rank)
-                parts = [change(self._base, name, expert, weight, most) for name, expert in self._experts.items()]
-                parts = [Svd(part.Vh.T, part.s, part.U.T) for part in parts] if turned else parts
-                found = dict(zip(("right", "left"), factors(parts, directions, rank), strict=True))
-                kept = list(self._held.items())
-                self._held = dict(kept[max(0, len(kept) + 1 - HELD) :]) | {prefix: found}
-            return found[key]
+                found = change(self._base, expert, self._experts[expert], weight, max(directions, rank))
+                found = Svd(found.Vh.T, found.s, found.U.T) if turned else found
+                with self._turn:
+                    while len(self._held) >= HELD * len(self._experts):
+                        del self._held[next(iter(self._held))]
+                    self._held[prefix, expert] = found
+            return found
 
     def grain(self, name: str) -> int:
         """A layer is decomposed as a whole."""

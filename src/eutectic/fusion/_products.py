@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-#: entries of a matrix that are merged at a time, about, and rows and columns that the compiled loops take at once: sparse experts
-#: are saved in tiles of these, so they stay; and tokens that the loops take at once
+#: entries of a matrix that are merged at a time, about, and rows and columns that the compiled loops take at once: sparse
+#: experts are saved in tiles of these, so they stay; and tokens that the loops take at once
 TILE, ROWS, DEPTH, LANES = 1 << 17, 12, 768, 8
 #: for so many samples each merges sparse experts for itself; for more, the experts are unpacked once
 FEW = 2

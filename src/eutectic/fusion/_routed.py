@@ -20,6 +20,8 @@ from eutectic.errors import LayoutError
 from eutectic.fusion._products import per_sample, sparse_per_sample, tiles
 
 Description = Mapping[str, Any]
+#: tokens for each expert that make it worth while to bring together those of one expert
+MANY = 32
 
 
 def coefficients(scores: Tensor, top: int) -> Tensor:
@@ -146,17 +148,35 @@ class LowRankExperts(Routed):
     def forward(self, input: Tensor) -> Tensor:
         """``[…, n]`` → ``[…, m]``."""
         tokens = self.tokens(input)
+        if self.top == 1 and not torch.compiler.is_compiling() and tokens[..., 0].numel() >= MANY * len(self.right):
+            return self.output(self._expert_by_expert(tokens.reshape(-1, self.in_features)).view(*tokens.shape[:-1], -1))
         z = along(tokens, self.right)
         c = self._chosen(z)
         y = F.linear(tokens, self.matrix, self.bias) + back(z[..., : self.left.shape[2]] * c[..., None], self.left)
         return self.output(y if self.shift is None else y + c @ self.shift)
+
+    def _expert_by_expert(self, x: Tensor) -> Tensor:
+        """``[S, n]`` → ``[S, m]``, each token through the one expert that it chooses: they are brought together, and back."""
+        which = self._scores(along(x, self.right[:, : self.gate])).argmax(-1)
+        order = which.argsort()
+        x = x.index_select(0, order)
+        y, start = F.linear(x, self.matrix, self.bias), 0
+        for i, count in enumerate(which.bincount(minlength=len(self.right)).tolist()):
+            own = slice(start, start := start + count)
+            y[own].addmm_(F.linear(x[own], self.right[i, : self.left.shape[2]]), self.left[:, i].mT)
+            if self.shift is not None:
+                y[own] += self.shift[i]
+        return y.index_select(0, order.argsort())
 
     def choice(self, input: Tensor) -> Tensor:
         """The coefficients ``[…, N]`` that tokens ``[…, n]`` give the experts."""
         return self._chosen(along(self.tokens(input), self.right))
 
     def _chosen(self, z: Tensor) -> Tensor:
-        return coefficients(torch.linalg.vector_norm(z[..., : self.gate], dim=-1), self.top)
+        return coefficients(self._scores(z), self.top)
+
+    def _scores(self, z: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(z[..., : self.gate], dim=-1)
 
     def extra_repr(self) -> str:
         """Sizes."""
