@@ -207,14 +207,17 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         (G,) = gradients
         x, c, weight = ctx.saved_tensors
-        by_x, by_c, by_weight = torch.zeros_like(x), torch.zeros_like(c), torch.zeros_like(weight)
+        by_x, by_c, by_weight = torch.zeros_like(x), torch.zeros_like(c), None
+        if ctx.needs_input_grad[2]:
+            by_weight = torch.zeros_like(weight)
         for number, tile in enumerate(tiles(weight.shape)):
             own, some, W = G[..., tile.rows], x[..., tile.columns], weight[tile]
             D = ctx.experts.read(number, tile, W)
             by_x[..., tile.columns].baddbmm_(own, _merged(c, W, D))
             outer = own.mT @ some
             by_c.addmm_(outer.flatten(1), D.mT)
-            by_weight[tile] = outer.sum(0)
+            if by_weight is not None:
+                by_weight[tile] = outer.sum(0)
         return by_x, by_c, by_weight, None
 
 
