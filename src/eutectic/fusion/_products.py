@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import math
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -103,10 +104,11 @@ class Tile(NamedTuple):
 
 
 def tiles(shape: Sequence[int]) -> list[Tile]:
-    """Those of a matrix of this shape, one column of them after the other."""
+    """Those of a matrix of this shape, one column after the other, and an even number in each, for an even number of threads."""
     m, n = shape
     columns = [slice(start, min(start + DEPTH, n)) for start in range(0, n, DEPTH)]
-    step = max(1, TILE // min(n, DEPTH) // ROWS) * ROWS
+    pairs = math.ceil(m * min(n, DEPTH) / (2 * TILE))
+    step = math.ceil(m / (2 * pairs * ROWS)) * ROWS
     return [Tile(slice(start, min(start + step, m)), some) for some in columns for start in range(0, m, step)]
 
 
