@@ -104,7 +104,7 @@ class Tile(NamedTuple):
 
 
 def tiles(shape: Sequence[int]) -> list[Tile]:
-    """Those of a matrix of this shape, one column after the other, and an even number in each, for an even number of threads."""
+    """Those of a matrix of this shape, one column after the other, and an even number in each, as threads often are."""
     m, n = shape
     columns = [slice(start, min(start + DEPTH, n)) for start in range(0, n, DEPTH)]
     pairs = math.ceil(m * min(n, DEPTH) / (2 * TILE))
