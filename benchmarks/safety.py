@@ -15,18 +15,21 @@ from eutectic.security.commands import METHOD, PARAMETERS
 from eutectic.security.poisoned import poison
 from eutectic.security.scores import Row, table
 
-#: λ of the merges, chosen on `val` of the clean suite by `eutectic bench mini`
-MERGES = {"task_arithmetic": PARAMETERS, "ties": {"scale": 0.6}}
+#: λ of the merges, chosen on `val` of the clean suite by `eutectic bench`
+MERGES = {
+    "mini": {"task_arithmetic": PARAMETERS, "ties": {"scale": 0.6}},
+    "dino": {"task_arithmetic": {"scale": 0.3}, "ties": {"scale": 0.2}},
+}
 
 
 def main() -> None:
     """Append records; each row as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", default="mini")
+    parser.add_argument("--suite", default="mini", choices=MERGES)
     parser.add_argument("--attack", default="badmerging", choices=("badmerging", "badnets"))
     parser.add_argument("--task", default="animals")
     parser.add_argument("--size", type=int, default=8)
-    parser.add_argument("--merge", default=METHOD, choices=MERGES)
+    parser.add_argument("--merge", default=METHOD, choices=MERGES["mini"])
     parser.add_argument("--defence", action="append", default=[], help="a defence, and parameters as JSON after a space")
     parser.add_argument("--out", type=Path, default=Path("runs/safety/records.jsonl"))
     parser.add_argument("--steps", type=int, default=300, help="of training the poisoned expert")
@@ -34,12 +37,12 @@ def main() -> None:
     suite = open_suite(given.suite)
     training = dataclasses.replace(own_training(suite), steps=given.steps)
     poisoned = poison(suite, Attack(given.attack, given.task, 0, given.size), training)
-    over = {"method": given.merge, "parameters": MERGES[given.merge]}
+    over = {"method": given.merge, "parameters": MERGES[given.suite][given.merge]}
     rows = []
     for said in given.defence:
         name, _, rest = said.partition(" ")
         rows.append(Row(f"{name} over {given.merge}", name, over | json.loads(rest or "{}")))
-    merge = Row(given.merge, given.merge, MERGES[given.merge])
+    merge = Row(given.merge, given.merge, MERGES[given.suite][given.merge])
     for one in table(poisoned, merge, rows, progress=lambda *told: print(*told, file=sys.stderr, flush=True)):
         record.append(given.out, [one])
         print(f"{one.method:32} {one.task:14} {one.metric:20} {100 * one.value:6.1f}", flush=True)
