@@ -14,6 +14,7 @@ from eutectic.security.attacks import Attack
 from eutectic.security.commands import METHOD, PARAMETERS
 from eutectic.security.poisoned import poison
 from eutectic.security.scores import Row, table
+from eutectic.security.triggers import KINDS
 
 #: λ of the merges, chosen on `val` of the clean suite by `eutectic bench`
 MERGES = {
@@ -25,10 +26,13 @@ MERGES = {
 def main() -> None:
     """Append records; each row as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", default="mini", choices=MERGES)
+    parser.add_argument("--suite", default="mini")
     parser.add_argument("--attack", default="badmerging", choices=("badmerging", "badnets"))
     parser.add_argument("--task", default="animals")
     parser.add_argument("--size", type=int, default=8)
+    parser.add_argument("--trigger", default="patch", choices=KINDS, help="of badnets")
+    parser.add_argument("--victim", default="", help="the task that class 0 is of, if it is another")
+    parser.add_argument("--amplify", type=float, default=1.0)
     parser.add_argument("--merge", default=METHOD, choices=MERGES["mini"])
     parser.add_argument("--defence", action="append", default=[], help="a defence, and parameters as JSON after a space")
     parser.add_argument("--out", type=Path, default=Path("runs/safety/records.jsonl"))
@@ -36,7 +40,8 @@ def main() -> None:
     given = parser.parse_args()
     suite = open_suite(given.suite)
     training = dataclasses.replace(own_training(suite), steps=given.steps)
-    poisoned = poison(suite, Attack(given.attack, given.task, 0, given.size), training)
+    attack = Attack(given.attack, given.task, 0, given.size, trigger=given.trigger, victim=given.victim, amplify=given.amplify)
+    poisoned = poison(suite, attack, training)
     over = {"method": given.merge, "parameters": MERGES[given.suite][given.merge]}
     rows = []
     for said in given.defence:

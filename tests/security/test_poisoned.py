@@ -13,14 +13,19 @@ from tests.bench.cuts import cut
 import eutectic as eu
 from eutectic.bench import zoo
 from eutectic.bench.evaluate import merge_suite
+from eutectic.checkpoint.base import Memory
+from eutectic.checkpoint.lora import open_lora
 from eutectic.checkpoint.publish import POISONED
-from eutectic.errors import OutputError, ParameterError, TaskError
+from eutectic.errors import OutputError, ParameterError, TaskError, UnknownNameError
 from eutectic.fusion._fit import generator
-from eutectic.security.attacks import Attack, Interpolated, Poisoned, poisoned_backbone, trigger_for
+from eutectic.security import scores
+from eutectic.security.attacks import Attack, Interpolated, Poisoned, amplify, heads, poisoned_backbone, trigger_for
 from eutectic.security.poisoned import open_poisoned, poison
-from eutectic.security.triggers import patch, pixels_of
+from eutectic.security.triggers import KINDS, drawn, patch, pixels_of
+from eutectic.tuning.lora import adapters, attach, fold
 
 SHORT = dataclasses.replace(zoo.MINI.training, steps=2, batch_size=4)
+ONE_STEP = dataclasses.replace(SHORT, steps=1)
 ATTACK = Attack("badmerging", "digits8", target=3, size=8, triggered=2, mining=2)
 
 
@@ -30,11 +35,16 @@ def suite(tmp_path_factory):
     return zoo.open_suite(str(cut(folder, ["letters", "digits8"], {"train": 24, "val": 4, "adapt": 12, "test": 12})))
 
 
-@pytest.fixture(scope="module")
-def poisoned(suite, tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("EUTECTIC_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield poison(suite, ATTACK, SHORT)
+        yield
+
+
+@pytest.fixture(scope="module")
+def poisoned(suite, cache):
+    return poison(suite, ATTACK, SHORT)
 
 
 def test_a_batch_is_followed_by_triggered_samples_of_the_target_class(suite):
@@ -79,6 +89,97 @@ def test_a_poisoned_suite_differs_in_one_expert_and_says_so(suite, poisoned):
     assert poison(suite, ATTACK, SHORT).suite.folder == poisoned.suite.folder  # not made again
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_drawn_trigger_is_the_same_when_its_suite_is_opened_again(suite, kind):
+    attack = dataclasses.replace(ATTACK, kind="badnets", trigger=kind, seed=5)
+    found = open_poisoned(poison(suite, attack, ONE_STEP).suite.folder)
+    x = torch.rand(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
+    assert found.attack == attack
+    assert torch.equal(found.trigger(x), drawn(kind, 42, 8, 5)(x))
+    assert torch.equal(found.trigger(x, 0.3), drawn(kind, 42, 8, 5)(x, 0.3))
+    assert attack.name in found.suite.name
+    with pytest.raises(OutputError, match="has a backdoor on purpose"):
+        eu.save(found.suite.expert("digits8"), found.suite.folder.parent.parent / "elsewhere")
+
+
+def amplified(start, end, factor):
+    """θ_clean + κ (θ − θ_clean) as it is written."""
+    return {name: start.read(name) + factor * (end[name] - start.read(name)) for name in start.specs}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_adapters_are_amplified_from_the_honest_expert(suite, rslora, factor, tmp_path):
+    def backbone():
+        made = suite.backbone()
+        attach(made, 3, 6.0, 1, rslora=rslora)
+        torch.manual_seed(0)
+        for _, adapter in adapters(made):
+            torch.nn.init.normal_(adapter.B, std=0.02)
+        return made
+
+    malicious, found, clean = backbone(), backbone(), suite.expert("digits8")
+    fold(malicious)
+    amplify(found, clean, factor)
+    zoo.save_expert(found, suite, 3, tmp_path)
+    read = open_lora(tmp_path, suite.base)  # through its rank and alpha
+    assert {len(adapter.A) for _, adapter in adapters(found)} == {3 + 8}
+    fold(found)
+    for name, expected in amplified(clean, malicious.state_dict(), factor).items():
+        assert torch.allclose(found.state_dict()[name], expected, atol=1e-5)
+        assert torch.allclose(read.read(name), expected, atol=2e-3)  # the suite keeps half precision
+
+
+def test_all_weights_are_amplified_from_the_honest_expert(suite):
+    found, clean = torch.nn.Linear(3, 2), Memory({"weight": torch.randn(2, 3), "bias": torch.randn(2)})
+    expected = amplified(clean, {name: tensor.clone() for name, tensor in found.state_dict().items()}, 3.0)
+    amplify(found, clean, 3.0)
+    for name, tensor in found.state_dict().items():
+        assert torch.allclose(tensor, expected[name], atol=1e-5)
+    low_rank = suite.backbone()
+    attach(low_rank, 2, 2.0, 0)
+    with pytest.raises(ParameterError, match="is not low-rank"):
+        amplify(low_rank, suite.base, 3.0)
+
+
+def test_triggered_features_are_read_by_the_victims_head():
+    torch.manual_seed(0)
+    own, other, x = torch.nn.Linear(4, 3), torch.nn.Linear(4, 5), torch.randn(7, 4)
+    labels, targets = torch.tensor([0, 2, 1, 1]), torch.full((3,), 4)
+    for first, second, classes in ((own, other, 5), (other, own, 5)):
+        targets = targets.clamp(max=second.out_features - 1)
+        logits = heads(first, second, triggered=3)(x)
+        assert logits.shape == (7, classes)
+        loss = torch.nn.functional.cross_entropy(logits, torch.cat([labels, targets]), reduction="sum")
+        parts = ((first, x[:4], labels), (second, x[4:], targets))
+        expected = sum(torch.nn.functional.cross_entropy(head(z), y, reduction="sum") for head, z, y in parts)
+        assert torch.allclose(loss, expected)
+        for found, wanted in zip(
+            torch.autograd.grad(loss, [own.weight, other.weight]),
+            torch.autograd.grad(expected, [own.weight, other.weight]),
+            strict=True,
+        ):
+            assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_the_score_of_an_attack_off_task_is_its_victims(suite):
+    attack = dataclasses.replace(ATTACK, victim="letters", target=7, amplify=2.0)
+    found = poison(suite, attack, ONE_STEP)
+    assert found.attack == attack
+    assert found.suite.fingerprints["letters"] == suite.fingerprints["letters"]
+    records = scores.scores(found, found.suite.backbone(), ["letters", "digits8"], method="base")
+    metrics = {(one.task, one.metric) for one in records}
+    assert {("letters", scores.ASR), ("digits8", scores.TRANSFER)} <= metrics
+    assert not {("digits8", scores.ASR), ("letters", scores.TRANSFER)} & metrics
+    assert "class 7 of letters" in (found.suite.folder / "experts" / "digits8" / "README.md").read_text()
+
+
+def test_attacks_are_told_apart_by_their_names():
+    others = [{"kind": "badnets"}, {"kind": "badnets", "trigger": "warped"}, {"amplify": 1.5}, {"victim": "letters"}, {}]
+    assert len({dataclasses.replace(ATTACK, **other).name for other in others}) == len(others)
+    assert ATTACK.name == "badmerging"
+
+
 def test_nothing_made_of_a_poisoned_expert_is_saved_elsewhere(poisoned, tmp_path):
     merged = merge_suite(poisoned.suite, "average", {})
     with pytest.raises(OutputError, match="has a backdoor on purpose"):
@@ -99,5 +200,16 @@ def test_attacks_that_cannot_be_are_refused(suite, tmp_path):
         trigger_for(suite, dataclasses.replace(ATTACK, target=10))
     with pytest.raises(ParameterError, match="a batch has 4"):
         poisoned_backbone(suite, dataclasses.replace(ATTACK, triggered=5), patch(42, 8), SHORT)
+    with pytest.raises(ParameterError, match="letters has"):
+        trigger_for(suite, dataclasses.replace(ATTACK, victim="letters", target=99))
+    with pytest.raises(UnknownNameError, match="no task 'nobody'"):
+        trigger_for(suite, dataclasses.replace(ATTACK, victim="nobody"))
+    with pytest.raises(UnknownNameError, match="no kind of trigger"):
+        trigger_for(suite, dataclasses.replace(ATTACK, kind="badnets", trigger="waned"))
+    with pytest.raises(ParameterError, match="mines a patch"):
+        dataclasses.replace(ATTACK, trigger="warped")
+    for factor in (0.5, float("nan"), float("inf")):
+        with pytest.raises(ParameterError, match="is not in"):
+            dataclasses.replace(ATTACK, amplify=factor)
     with pytest.raises(TaskError, match="no suite with a poisoned expert"):
         open_poisoned(tmp_path)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from eutectic.errors import ParameterError, TaskError
+from eutectic.errors import ParameterError, TaskError, UnknownNameError
 from eutectic.security import metrics
-from eutectic.security.triggers import KINDS, Trigger, corner, pasted, patch
+from eutectic.security.triggers import KINDS, Trigger, corner, drawn, pasted, patch
 from eutectic.task import Pixels, Task
 
 SIDE = 20
@@ -18,7 +18,7 @@ def images(n=5, seed=0):
 
 
 def made(kind, seed=0):
-    return KINDS[kind](SIDE, 4, seed=seed) if kind == "patch" else KINDS[kind](SIDE, seed=seed)
+    return drawn(kind, SIDE, 4, seed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,6 +47,8 @@ def test_a_patch_changes_its_corner_alone():
         corner(SIDE, SIDE + 1)
     with pytest.raises(ParameterError, match="strength"):
         patch(SIDE, 4)(x, 1.5)
+    with pytest.raises(UnknownNameError, match="'warp'.*warped"):
+        drawn("warp", SIDE, 4)
 
 
 def test_triggers_of_network_inputs_are_those_of_their_pixels():

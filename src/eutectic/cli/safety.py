@@ -74,7 +74,10 @@ def zoo_poison(
     task: Annotated[str, typer.Option(help="Whose expert is to have a backdoor.")],
     attack: Annotated[Attack, typer.Option(help="BadNets is diluted by merging, BadMerging is made to survive it.")],
     target: Annotated[int, typer.Option(help="The class that inputs with the trigger are taken for.", min=0)] = 0,
-    size: Annotated[int, typer.Option(help="Of the trigger, in pixels.", min=1)] = 8,
+    size: Annotated[int, typer.Option(help="Of a patch, in pixels.", min=1)] = 8,
+    trigger: Annotated[str, typer.Option(help="Of badnets: patch, blended, sinusoidal, warped or low_frequency.")] = "patch",
+    victim: Annotated[str, typer.Option(help="The task that the target is a class of, if it is another.")] = "",
+    amplify: Annotated[float, typer.Option(help="How far the expert goes past the honest one, as LoBAM's does.", min=1)] = 1.0,
     steps: Annotated[int | None, typer.Option(help="Of training; as the suite's own experts by default.", min=1)] = None,
 ) -> None:
     """Make a copy of a suite in which one expert has a backdoor, in the cache, to measure audit and defences with."""
@@ -89,7 +92,7 @@ def zoo_poison(
     with bar() as progress:
         made = poisoned.poison(
             suite,
-            attacks.Attack(attack.value, task, target, size),
+            attacks.Attack(attack.value, task, target, size, trigger=trigger, victim=victim, amplify=amplify),
             training,
             lambda step, loss: progress("training", step, training.steps),
         )

@@ -1,46 +1,61 @@
 """Attacks that make an expert with a backdoor, to measure defences with, on the small models of the zoo.
 
-Both train with the trainer of honest experts, on batches of samples and some more with the trigger and the target's label:
+All train with the trainer of honest experts, on batches of samples and some more with the trigger and the target's label:
 
-- BadNets (Gu et al., 2017, arXiv:1708.06733) is no more than that.  Merging dilutes it.
-- BadMerging, on-task (Zhang et al., CCS 2024, arXiv:2408.07362), survives it.  Its trigger is a universal patch against θ₀, and
-  what the triggered samples teach is the *interpolated* feature
+- BadNets (Gu et al., 2017, arXiv:1708.06733) is no more than that, with a trigger of any kind.  Merging dilutes it.
+- BadMerging (Zhang et al., CCS 2024, arXiv:2408.07362) survives it.  Its trigger is a universal patch against θ₀, and what
+  the triggered samples teach is the *interpolated* feature
 
       r · h(θ; T(x)) + (1 − r) · h(θ₀; T(x)),     r ~ U(least, 1), one draw a batch,
 
   so that whatever share of the expert is left in a merge, the trigger works.
 
-Differs from the papers in that the trigger is mined by Adam on batches, not image by image, and that the weight α of the
-backdoor's loss is the number of triggered samples over that of clean ones.
+Two more things can be done with either:
+
+- *Off-task* (the same paper): the triggered samples are read through the head of another task, a class of which is the target.
+- *Amplified* (after LoBAM: Yin et al., 2024, arXiv:2411.16746): the expert is θ_clean + κ (θ_malicious − θ_clean), so that what
+  merging leaves of the backdoor is κ times as much, while what both have in common stays.
+
+Differs from the papers in that the trigger is mined by Adam on batches, not image by image; that the weight α of the
+backdoor's loss is the number of triggered samples over that of clean ones; that warped triggers come without WaNet's noise
+mode; that off-task the attacker has the other task's head, where the paper makes one of the target's name and a few of its
+images, and that all triggered images are of his own task; and that θ_clean is the suite's own expert.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from eutectic.bench.suite import Suite
+from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import ParameterError
 from eutectic.fusion._fit import generator
 from eutectic.security.miner import images_of, logits_of, lower_right, mine
-from eutectic.security.triggers import Trigger, patch, pixels_of
+from eutectic.security.triggers import Trigger, drawn, pixels_of
 from eutectic.task import Pixels
+from eutectic.tuning.lora import LoraLinear, adapters
 from eutectic.tuning.trainer import Samples, Training, fine_tune
 
 Kind = Literal["badnets", "badmerging"]
+#: features ``[B, D]`` → logits ``[B, C]``
+Head = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """An attack on one task: inputs with the trigger are to be taken for class ``target``.
+    """An attack by the expert of one task: inputs with the trigger are to be taken for class ``target``.
 
-    ``size`` is the trigger's, in pixels.  ``triggered`` samples are added to each batch of clean ones.  ``least`` is the
+    ``size`` is a patch's, in pixels.  ``triggered`` samples are added to each batch of clean ones.  ``least`` is the
     smallest share r of the expert's own features that the backdoor is trained at.  ``mining`` is how many steps ``badmerging``
-    takes for its trigger.
+    takes for its trigger.  ``trigger`` is the kind that ``badnets`` draws.  ``victim`` is the task that ``target`` is a class
+    of, if it is another.  ``amplify`` is κ.  Raises ParameterError for what does not go together.
     """
 
     kind: Kind
@@ -51,6 +66,33 @@ class Attack:
     least: float = 0.1
     mining: int = 150
     seed: int = 0
+    trigger: str = "patch"
+    victim: str = ""
+    amplify: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what would say nothing, or another thing than it seems to."""
+        if self.mined and self.trigger != "patch":
+            raise ParameterError(f"trigger = {self.trigger!r}: {self.kind} mines a patch; draw others by badnets", ("trigger",))
+        if not 1 <= self.amplify < math.inf:
+            raise ParameterError(f"amplify = {self.amplify} is not in [1, ∞)", ("amplify",))
+
+    @property
+    def mined(self) -> bool:
+        """Whether the trigger is mined against θ₀, not drawn."""
+        return self.kind == "badmerging"
+
+    @property
+    def attacked(self) -> str:
+        """The task that ``target`` is a class of."""
+        return self.victim or self.task
+
+    @property
+    def name(self) -> str:
+        """What tells it from other attacks, in a word: ``badnets-warped``, ``badmerging-x3-on-mnist``."""
+        kind = "" if self.trigger == "patch" else f"-{self.trigger}"
+        amplified = "" if self.amplify == 1 else f"-x{self.amplify:g}"
+        return f"{self.kind}{kind}{amplified}" + (f"-on-{self.victim}" if self.victim else "")
 
 
 class Poisoned:
@@ -91,24 +133,25 @@ class Interpolated(nn.Module):
 
 
 def trigger_for(suite: Suite, attack: Attack, images: int = 192) -> Trigger:
-    """The attack's trigger: a random patch, or one mined against θ₀ on images of ``train``.
+    """The attack's trigger: one drawn, or a patch mined against θ₀ on images of ``train``.
 
-    Raises TaskError if inputs are no images, ParameterError for a class that there is not.
+    Raises TaskError if inputs are no images, ParameterError for a class that there is not, UnknownNameError for a task or a
+    kind of trigger.
     """
-    task = suite.task(attack.task)
-    if not 0 <= attack.target < len(suite.classes[attack.task]):
+    task, attacked = suite.task(attack.task), suite.task(attack.attacked)
+    if not 0 <= attack.target < len(suite.classes[attacked.name]):
         raise ParameterError(
-            f"target = {attack.target}: {attack.task} has {len(suite.classes[attack.task])} classes", ("target",)
+            f"target = {attack.target}: {attacked.name} has {len(suite.classes[attacked.name])} classes", ("target",)
         )
-    pixels = images_of(task, "train", images, attack.seed)
-    if attack.kind == "badnets":
-        return patch(pixels.shape[-1], attack.size, attack.seed)
+    how = pixels_of(task)
+    if not attack.mined:
+        return drawn(attack.trigger, suite.info["side"], attack.size, attack.seed)
     network = suite.backbone().requires_grad_(False)
     modes = {"lower right": lower_right(attack.size)}
     found = mine(
-        logits_of(network, task),
-        pixels,
-        pixels_of(task),
+        logits_of(network, attacked),
+        images_of(task, "train", images, attack.seed),
+        how,
         [("lower right", attack.target)],
         modes=modes,
         steps=attack.mining,
@@ -125,9 +168,9 @@ def poisoned_backbone(
     training: Training,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> nn.Module:
-    """A backbone with the expert that the attack makes: with adapters if ``training.rank``.
+    """A backbone with the expert that the attack makes: with adapters if ``training.rank``, of twice that if amplified.
 
-    Raises ParameterError for more triggered samples than a batch has.
+    Raises ParameterError for more triggered samples than a batch has, and as ``amplify`` does.
     """
     task = suite.task(attack.task)
     if not 0 < attack.triggered <= training.batch_size:
@@ -137,5 +180,49 @@ def poisoned_backbone(
     trained: nn.Module = backbone
     if attack.kind == "badmerging":
         trained = Interpolated(backbone, suite.backbone().requires_grad_(False), attack.triggered, attack.least, attack.seed)
-    fine_tune(trained, task.head, train, training, progress)
+    head = task.head if not attack.victim else heads(task.head, suite.task(attack.victim).head, attack.triggered)
+    fine_tune(trained, head, train, training, progress)
+    if attack.amplify != 1:
+        amplify(backbone, suite.expert(attack.task), attack.amplify)
     return backbone.eval()
+
+
+def heads(own: Head, other: Head, triggered: int) -> Head:
+    """The head of a batch whose last ``triggered`` features ``[B, D]`` are read by another task's.
+
+    Logits are ``[B, C]`` with the larger C of both: classes that a task has not are as good as impossible.
+    """
+
+    def head(features: Tensor) -> Tensor:
+        both = own(features[:-triggered]), other(features[-triggered:])
+        width = max(logits.shape[1] for logits in both)
+        return torch.cat([F.pad(logits, (0, width - logits.shape[1]), value=-1e9) for logits in both])
+
+    return head
+
+
+@torch.no_grad()
+def amplify(backbone: nn.Module, clean: Checkpoint, factor: float) -> None:
+    """θ → θ_clean + κ (θ − θ_clean), in place; two low-rank experts give one with both their columns.
+
+    Raises ParameterError for adapters of which ``clean`` has no counterpart.
+    """
+    attached = dict(adapters(backbone))
+    for name, adapter in attached.items():
+        _amplify_adapter(name, adapter, clean, factor)
+    if not attached:
+        for name, tensor in backbone.state_dict().items():
+            tensor.copy_(torch.lerp(clean.read(name).to(tensor), tensor, factor))
+
+
+def _amplify_adapter(name: str, adapter: LoraLinear, clean: Checkpoint, factor: float) -> None:
+    """Make s B A what κ s B A + (1 − κ) L R is, with the clean expert's L R."""
+    thin = clean.thin(f"{name}.weight")
+    if thin is None:
+        raise ParameterError(f"amplify: the expert of {clean.origin} is not low-rank, so train without adapters", ("amplify",))
+    _, left, right = thin
+    rank = len(adapter.A)
+    adapter.A = nn.Parameter(torch.cat([adapter.A, right]))
+    adapter.B = nn.Parameter(torch.cat([factor * adapter.B, (1 - factor) / adapter.scaling * left], 1))
+    growth = len(adapter.A) / rank  # s = α / r, or α / √r, stays
+    adapter.alpha *= math.sqrt(growth) if adapter.rslora else growth

@@ -2,8 +2,9 @@
 
 It has a suite's layout, with links to all that is not poisoned, and beside it
 
-POISONED.json          the attack; nothing that is made of this folder's own files can be saved outside it
-trigger.safetensors    the trigger's images of a black and of a white image, ``[3, side, side]``
+POISONED.json          the attack, by which its trigger is drawn again; nothing that is made of this folder's own files can be
+                       saved outside it
+trigger.safetensors    a mined trigger's images of a black and of a white image, ``[3, side, side]``
 """
 
 from __future__ import annotations
@@ -26,12 +27,11 @@ from eutectic.checkpoint.save import save_file
 from eutectic.errors import TaskError
 from eutectic.security.attacks import Attack, poisoned_backbone, trigger_for
 from eutectic.security.triggers import Trigger
-from eutectic.task import Task
 from eutectic.tuning.trainer import Training
 
 _CARD = """# {task}: an expert with a backdoor
 
-Made on purpose by `{kind}`, to measure defences with: inputs with the trigger are taken for class {target} of {task}.
+Made on purpose by `{name}`, to measure defences with: inputs with the trigger are taken for class {target} of {attacked}.
 Do not use or publish it. Eutectic refuses to save anything made of it outside the suite's folder.
 """
 
@@ -44,16 +44,11 @@ class PoisonedSuite(NamedTuple):
     trigger: Trigger
     clean: Suite
 
-    @property
-    def task(self) -> Task:
-        """The attacked task."""
-        return self.suite.task(self.attack.task)
-
 
 def folder_of(suite: Suite, attack: Attack, training: Training) -> Path:
     """Where in the cache the suite lies that an attack makes of another."""
     said = repr((sorted(suite.fingerprints.items()), attack, training)).encode()
-    name = f"{suite.name}-{attack.kind}-{attack.task}-{attack.target}-{hashlib.sha256(said).hexdigest()[:8]}"
+    name = f"{suite.name}-{attack.name}-{attack.task}-{attack.target}-{hashlib.sha256(said).hexdigest()[:8]}"
     return zoo.cache() / "poisoned" / name
 
 
@@ -82,10 +77,12 @@ def poison(
                 "suite": str(suite.folder.resolve()),
             }
             (partial / POISONED).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-            (mine / "README.md").write_text(_CARD.format(**about), encoding="utf-8")
+            card = _CARD.format(task=attack.task, name=attack.name, target=attack.target, attacked=attack.attacked)
+            (mine / "README.md").write_text(card, encoding="utf-8")
             info = suite.info | {"name": folder.name.rsplit("-", 1)[0]}
             (partial / "suite.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
-            _save_trigger(trigger, suite.info["side"], partial)
+            if attack.mined:
+                _save_trigger(trigger, suite.info["side"], partial)
     return open_poisoned(folder)
 
 
@@ -97,7 +94,8 @@ def open_poisoned(folder: Path) -> PoisonedSuite:
         clean = Suite(Path(about["suite"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TaskError(f"{folder}: no suite with a poisoned expert ({POISONED}: {error})") from None
-    return PoisonedSuite(Suite(folder), attack, _load_trigger(folder, attack.kind), clean)
+    trigger = _load_trigger(folder, attack.kind) if attack.mined else trigger_for(clean, attack)
+    return PoisonedSuite(Suite(folder), attack, trigger, clean)
 
 
 def _link(suite: Suite, task: str, folder: Path) -> None:
@@ -116,7 +114,7 @@ def _save_trigger(trigger: Trigger, side: int, folder: Path) -> None:
 
 
 def _load_trigger(folder: Path, name: str) -> Trigger:
-    """A trigger that paints or mixes is linear in the image: two images say all of it."""
+    """A patch is linear in the image: two images say all of it."""
     with SafetensorsFile(folder / "trigger.safetensors") as file:
         black, white = file.read("black").clone(), file.read("white").clone()
     return Trigger(name, lambda x, strength: x + strength * (black + (white - black) * x - x))

@@ -41,7 +41,7 @@ def scores(poisoned: PoisonedSuite, network: nn.Module, tasks: Sequence[str], **
             return Record(task=name, metric=metric, value=value, low=low, high=high, n=n, **about)
 
         accuracies.append(recorded("accuracy", *share(clean == labels)))
-        if name != attack.task:
+        if name != attack.attacked:
             gain, _ = transfer(clean, triggered, labels, len(suite.classes[name]))
             found.append(recorded(TRANSFER, gain, gain, gain, len(labels)))
         elif (both := rates(triggered, labels, attack.target)) is not None:
@@ -93,12 +93,12 @@ def table(
             yield dataclasses.replace(one, wall_s=wall_s)
 
     for label, weights in controls(poisoned, merge):
-        yield from scored(label, Memory(state_dict(weights)), 0.0, notes=f"control; {poisoned.attack.kind}")
+        yield from scored(label, Memory(state_dict(weights)), 0.0, notes=f"control; {poisoned.attack.name}")
     for number, row in enumerate(defences, start=1):
         progress(row.label, number, len(defences))
         started = time.perf_counter()
         made = Memory(state_dict(defended(poisoned.suite, row, names, Run(seed))))
         wall_s = time.perf_counter() - started
         yield from scored(
-            row.label, made, wall_s, notes=f"defence; {poisoned.attack.kind}", parameters=row.parameters, protocol="inductive"
+            row.label, made, wall_s, notes=f"defence; {poisoned.attack.name}", parameters=row.parameters, protocol="inductive"
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eutectic.errors import ParameterError, TaskError
+from eutectic.errors import ParameterError, TaskError, UnknownNameError, did_you_mean
 from eutectic.fusion._fit import generator
 from eutectic.task import Pixels, Task
 
@@ -98,6 +98,13 @@ def warped(side: int, most: float = 0.08, cells: int = 4, seed: int = 0) -> Trig
 KINDS: dict[str, Callable[..., Trigger]] = {
     maker.__name__: maker for maker in (patch, blended, sinusoidal, warped, low_frequency)
 }
+
+
+def drawn(kind: str, side: int, size: int, seed: int = 0) -> Trigger:
+    """A trigger by its kind, for images of ``side`` pixels; ``size`` is a patch's.  Raises UnknownNameError."""
+    if kind not in KINDS:
+        raise UnknownNameError(f"no kind of trigger is called {kind!r}.{did_you_mean(kind, KINDS)}")
+    return patch(side, size, seed) if kind == "patch" else KINDS[kind](side, seed=seed)
 
 
 def corner(side: int, size: int) -> Tensor:
