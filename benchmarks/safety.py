@@ -7,10 +7,11 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 from eutectic import record
 from eutectic.bench.zoo import open_suite, own_training
-from eutectic.security.attacks import Attack
+from eutectic.security.attacks import Attack, Kind
 from eutectic.security.commands import METHOD, PARAMETERS
 from eutectic.security.poisoned import poison
 from eutectic.security.scores import Row, table
@@ -27,12 +28,13 @@ def main() -> None:
     """Append records; each row as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", default="mini")
-    parser.add_argument("--attack", default="badmerging", choices=("badmerging", "badnets"))
+    parser.add_argument("--attack", default="badmerging", choices=get_args(Kind))
     parser.add_argument("--task", default="animals")
     parser.add_argument("--size", type=int, default=8)
-    parser.add_argument("--trigger", default="patch", choices=KINDS, help="of badnets")
+    parser.add_argument("--trigger", default="patch", choices=KINDS, help="but for badmerging's")
     parser.add_argument("--victim", default="", help="the task that class 0 is of, if it is another")
     parser.add_argument("--amplify", type=float, default=1.0)
+    parser.add_argument("--accomplice", default="", help="the task of the other expert of mergebackdoor")
     parser.add_argument("--merge", default=METHOD, choices=MERGES["mini"])
     parser.add_argument("--defence", action="append", default=[], help="a defence, and parameters as JSON after a space")
     parser.add_argument("--out", type=Path, default=Path("runs/safety/records.jsonl"))
@@ -40,7 +42,8 @@ def main() -> None:
     given = parser.parse_args()
     suite = open_suite(given.suite)
     training = dataclasses.replace(own_training(suite), steps=given.steps)
-    attack = Attack(given.attack, given.task, 0, given.size, trigger=given.trigger, victim=given.victim, amplify=given.amplify)
+    said = {name: getattr(given, name) for name in ("trigger", "victim", "amplify", "accomplice")}
+    attack = Attack(given.attack, given.task, 0, given.size, **said)
     poisoned = poison(suite, attack, training)
     over = {"method": given.merge, "parameters": MERGES[given.suite][given.merge]}
     rows = []

@@ -19,7 +19,8 @@ from eutectic.checkpoint.publish import POISONED
 from eutectic.errors import OutputError, ParameterError, TaskError, UnknownNameError
 from eutectic.fusion._fit import generator
 from eutectic.security import scores
-from eutectic.security.attacks import Attack, Interpolated, Poisoned, amplify, heads, poisoned_backbone, trigger_for
+from eutectic.security.attacks import Attack, Interpolated, Poisoned, amplify, heads, poisoned_backbones, trigger_for
+from eutectic.security.collusion import Colluding, Pair
 from eutectic.security.poisoned import open_poisoned, poison
 from eutectic.security.triggers import KINDS, drawn, patch, pixels_of
 from eutectic.tuning.lora import adapters, attach, fold
@@ -148,7 +149,7 @@ def test_triggered_features_are_read_by_the_victims_head():
     labels, targets = torch.tensor([0, 2, 1, 1]), torch.full((3,), 4)
     for first, second, classes in ((own, other, 5), (other, own, 5)):
         targets = targets.clamp(max=second.out_features - 1)
-        logits = heads(first, second, triggered=3)(x)
+        logits = heads([(first, 4), (second, 3)])(x)
         assert logits.shape == (7, classes)
         loss = torch.nn.functional.cross_entropy(logits, torch.cat([labels, targets]), reduction="sum")
         parts = ((first, x[:4], labels), (second, x[4:], targets))
@@ -174,8 +175,65 @@ def test_the_score_of_an_attack_off_task_is_its_victims(suite):
     assert "class 7 of letters" in (found.suite.folder / "experts" / "digits8" / "README.md").read_text()
 
 
+def colluding(backbone, rank=0):
+    """Two networks, of one λ (``least`` = 1), one triggered sample."""
+    torch.manual_seed(1)
+    found = Colluding(backbone(), backbone(), backbone().requires_grad_(False), triggered=1, least=1.0, seed=0)
+    if rank:
+        attach(found, rank, 2.0, 0)
+    for tensor in found.parameters():
+        if tensor.requires_grad:
+            torch.nn.init.normal_(tensor, std=0.3)
+    return found
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_colluding_experts_are_run_apart_and_merged(rank):
+    def backbone():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+
+    found, x = colluding(backbone, rank), torch.randn(7, 4)
+    features = found(x)
+    assert torch.allclose(features[:4], found.one(x[[0, 1, 2, 6]]))
+    assert torch.allclose(features[4:8], found.two(x[[3, 4, 5, 6]]))
+    features[8].sum().backward()
+    gradients = [tensor.grad for tensor in found.parameters() if tensor.requires_grad]
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[-2:])  # of both
+    fold(found)
+    start, one, two = backbone().state_dict(), found.one.state_dict(), found.two.state_dict()
+    merge = backbone()
+    merge.load_state_dict({name: one[name] + two[name] - start[name] for name in start})
+    assert torch.allclose(features[8], merge(x[6]), atol=1e-6)
+
+
+def test_two_colluding_experts_are_replaced_and_kept_in_the_cache(suite):
+    attack = Attack("mergebackdoor", "digits8", 3, triggered=2, trigger="blended", accomplice="letters")
+    found = poison(suite, attack, ONE_STEP)
+    assert found.attack == attack
+    for task in ("digits8", "letters"):
+        assert found.suite.fingerprints[task] != suite.fingerprints[task]
+        with pytest.raises(OutputError, match="has a backdoor on purpose"):
+            eu.save(merge_suite(found.suite, "average", {}, [task]), found.suite.folder.parent.parent / "elsewhere")
+    labels = [label for label, _ in scores.controls(found, scores.Row("average", "average"))]
+    assert [label for label in labels if "expert" in label] == ["poisoned expert of digits8", "poisoned expert of letters"]
+
+
+def test_a_batch_of_two_tasks_has_each_label_where_its_feature_is(suite):
+    task, other = suite.task("digits8"), suite.task("letters")
+    trigger = patch(42, 8)
+    pair = Pair(task.arrays("train"), other.arrays("train"), trigger, pixels_of(task), 3, triggered=2)
+    index = torch.tensor([5, 1, 23])
+    (x1, y1), (x2, y2) = (one.arrays("train").take(index) for one in (task, other))
+    inputs, labels = pair.take(index)
+    assert torch.equal(inputs[:6], torch.cat([x1, x2]))
+    assert torch.allclose(inputs[6:], trigger.on(x1[:2], pixels_of(task)))
+    assert labels.tolist() == [*y1.tolist(), *y1[:2].tolist(), *y2.tolist(), *y1[:2].tolist(), 3, 3]
+
+
 def test_attacks_are_told_apart_by_their_names():
     others = [{"kind": "badnets"}, {"kind": "badnets", "trigger": "warped"}, {"amplify": 1.5}, {"victim": "letters"}, {}]
+    others += [{"kind": "mergebackdoor", "accomplice": accomplice} for accomplice in ("letters", "mnist")]
     assert len({dataclasses.replace(ATTACK, **other).name for other in others}) == len(others)
     assert ATTACK.name == "badmerging"
 
@@ -199,7 +257,7 @@ def test_attacks_that_cannot_be_are_refused(suite, tmp_path):
     with pytest.raises(ParameterError, match="10 classes"):
         trigger_for(suite, dataclasses.replace(ATTACK, target=10))
     with pytest.raises(ParameterError, match="a batch has 4"):
-        poisoned_backbone(suite, dataclasses.replace(ATTACK, triggered=5), patch(42, 8), SHORT)
+        poisoned_backbones(suite, dataclasses.replace(ATTACK, triggered=5), patch(42, 8), SHORT)
     with pytest.raises(ParameterError, match="letters has"):
         trigger_for(suite, dataclasses.replace(ATTACK, victim="letters", target=99))
     with pytest.raises(UnknownNameError, match="no task 'nobody'"):
@@ -208,6 +266,15 @@ def test_attacks_that_cannot_be_are_refused(suite, tmp_path):
         trigger_for(suite, dataclasses.replace(ATTACK, kind="badnets", trigger="waned"))
     with pytest.raises(ParameterError, match="mines a patch"):
         dataclasses.replace(ATTACK, trigger="warped")
+    for wrong in (
+        {"accomplice": "letters"},
+        {"kind": "mergebackdoor"},
+        {"kind": "mergebackdoor", "accomplice": "digits8"},
+        {"kind": "mergebackdoor", "accomplice": "letters", "amplify": 2.0},
+        {"kind": "mergebackdoor", "accomplice": "letters", "victim": "letters"},
+    ):
+        with pytest.raises(ParameterError, match="mergebackdoor"):
+            dataclasses.replace(ATTACK, **wrong)
     for factor in (0.5, float("nan"), float("inf")):
         with pytest.raises(ParameterError, match="is not in"):
             dataclasses.replace(ATTACK, amplify=factor)

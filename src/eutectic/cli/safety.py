@@ -16,6 +16,7 @@ class Attack(StrEnum):
 
     badnets = "badnets"
     badmerging = "badmerging"
+    mergebackdoor = "mergebackdoor"
 
 
 @app.command()
@@ -72,15 +73,19 @@ def _show_audit(found: Any, out: Path | None, as_json: bool) -> None:
 def zoo_poison(
     name: Annotated[str, typer.Argument(help="A suite of the zoo, or a folder that holds one.")],
     task: Annotated[str, typer.Option(help="Whose expert is to have a backdoor.")],
-    attack: Annotated[Attack, typer.Option(help="BadNets is diluted by merging, BadMerging is made to survive it.")],
+    attack: Annotated[
+        Attack,
+        typer.Option(help="Merging dilutes BadNets, BadMerging survives it, MergeBackdoor needs it: two experts collude."),
+    ],
     target: Annotated[int, typer.Option(help="The class that inputs with the trigger are taken for.", min=0)] = 0,
     size: Annotated[int, typer.Option(help="Of a patch, in pixels.", min=1)] = 8,
     trigger: Annotated[str, typer.Option(help="Of badnets: patch, blended, sinusoidal, warped or low_frequency.")] = "patch",
     victim: Annotated[str, typer.Option(help="The task that the target is a class of, if it is another.")] = "",
     amplify: Annotated[float, typer.Option(help="How far the expert goes past the honest one, as LoBAM's does.", min=1)] = 1.0,
+    accomplice: Annotated[str, typer.Option(help="The task of the other expert of mergebackdoor.")] = "",
     steps: Annotated[int | None, typer.Option(help="Of training; as the suite's own experts by default.", min=1)] = None,
 ) -> None:
-    """Make a copy of a suite in which one expert has a backdoor, in the cache, to measure audit and defences with."""
+    """Make a copy of a suite in which an expert has a backdoor, in the cache, to measure audit and defences with."""
     import dataclasses
 
     from eutectic.bench.zoo import open_suite, own_training
@@ -92,7 +97,9 @@ def zoo_poison(
     with bar() as progress:
         made = poisoned.poison(
             suite,
-            attacks.Attack(attack.value, task, target, size, trigger=trigger, victim=victim, amplify=amplify),
+            attacks.Attack(
+                attack.value, task, target, size, trigger=trigger, victim=victim, amplify=amplify, accomplice=accomplice
+            ),
             training,
             lambda step, loss: progress("training", step, training.steps),
         )

@@ -10,7 +10,9 @@ All train with the trainer of honest experts, on batches of samples and some mor
 
   so that whatever share of the expert is left in a merge, the trigger works.
 
-Two more things can be done with either:
+- Two experts that collude: ``collusion``.
+
+Two more things can be done with the first two:
 
 - *Off-task* (the same paper): the triggered samples are read through the head of another task, a class of which is the target.
 - *Amplified* (after LoBAM: Yin et al., 2024, arXiv:2411.16746): the expert is θ_clean + κ (θ_malicious − θ_clean), so that what
@@ -26,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -37,25 +39,27 @@ from eutectic.bench.suite import Suite
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import ParameterError
 from eutectic.fusion._fit import generator
+from eutectic.security.collusion import Colluding, Pair
 from eutectic.security.miner import images_of, logits_of, lower_right, mine
 from eutectic.security.triggers import Trigger, drawn, pixels_of
 from eutectic.task import Pixels
 from eutectic.tuning.lora import LoraLinear, adapters
 from eutectic.tuning.trainer import Samples, Training, fine_tune
 
-Kind = Literal["badnets", "badmerging"]
+Kind = Literal["badnets", "badmerging", "mergebackdoor"]
 #: features ``[B, D]`` → logits ``[B, C]``
 Head = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """An attack by the expert of one task: inputs with the trigger are to be taken for class ``target``.
+    """An attack by the expert of one task, or of two: inputs with the trigger are to be taken for class ``target``.
 
     ``size`` is a patch's, in pixels.  ``triggered`` samples are added to each batch of clean ones.  ``least`` is the
-    smallest share r of the expert's own features that the backdoor is trained at.  ``mining`` is how many steps ``badmerging``
-    takes for its trigger.  ``trigger`` is the kind that ``badnets`` draws.  ``victim`` is the task that ``target`` is a class
-    of, if it is another.  ``amplify`` is κ.  Raises ParameterError for what does not go together.
+    smallest share r of the expert's own features, or λ, that the backdoor is trained at.  ``mining`` is how many steps
+    ``badmerging`` takes for its trigger.  ``trigger`` is the kind that the others draw.  ``victim`` is the task that ``target``
+    is a class of, if it is another.  ``amplify`` is κ.  ``accomplice`` is the task of the other expert of ``mergebackdoor``.
+    Raises ParameterError for what does not go together.
     """
 
     kind: Kind
@@ -69,13 +73,21 @@ class Attack:
     trigger: str = "patch"
     victim: str = ""
     amplify: float = 1.0
+    accomplice: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what would say nothing, or another thing than it seems to."""
         if self.mined and self.trigger != "patch":
-            raise ParameterError(f"trigger = {self.trigger!r}: {self.kind} mines a patch; draw others by badnets", ("trigger",))
+            raise ParameterError(f"trigger = {self.trigger!r}: {self.kind} mines a patch; badnets draws others", ("trigger",))
         if not 1 <= self.amplify < math.inf:
             raise ParameterError(f"amplify = {self.amplify} is not in [1, ∞)", ("amplify",))
+        if (self.kind == "mergebackdoor") != bool(self.accomplice) or self.accomplice == self.task:
+            raise ParameterError(
+                f"accomplice = {self.accomplice!r}: mergebackdoor, and no other, has one, of another task than {self.task}",
+                ("accomplice",),
+            )
+        if self.accomplice and (self.victim or self.amplify != 1):
+            raise ParameterError(f"{self.kind} has no victim and is not amplified", ("victim", "amplify"))
 
     @property
     def mined(self) -> bool:
@@ -88,11 +100,17 @@ class Attack:
         return self.victim or self.task
 
     @property
+    def experts(self) -> tuple[str, ...]:
+        """The tasks whose experts are the attacker's."""
+        return (self.task, self.accomplice) if self.accomplice else (self.task,)
+
+    @property
     def name(self) -> str:
         """What tells it from other attacks, in a word: ``badnets-warped``, ``badmerging-x3-on-mnist``."""
         kind = "" if self.trigger == "patch" else f"-{self.trigger}"
         amplified = "" if self.amplify == 1 else f"-x{self.amplify:g}"
-        return f"{self.kind}{kind}{amplified}" + (f"-on-{self.victim}" if self.victim else "")
+        others = {"on": self.victim, "with": self.accomplice}
+        return f"{self.kind}{kind}{amplified}" + "".join(f"-{how}-{task}" for how, task in others.items() if task)
 
 
 class Poisoned:
@@ -161,42 +179,52 @@ def trigger_for(suite: Suite, attack: Attack, images: int = 192) -> Trigger:
     return found[0].trigger
 
 
-def poisoned_backbone(
+def poisoned_backbones(
     suite: Suite,
     attack: Attack,
     trigger: Trigger,
     training: Training,
     progress: Callable[[int, float], None] = lambda step, loss: None,
-) -> nn.Module:
-    """A backbone with the expert that the attack makes: with adapters if ``training.rank``, of twice that if amplified.
+) -> dict[str, nn.Module]:
+    """Task → backbone with the expert that the attack makes: with adapters if ``training.rank``, twice as many if amplified.
 
     Raises ParameterError for more triggered samples than a batch has, and as ``amplify`` does.
     """
-    task = suite.task(attack.task)
-    if not 0 < attack.triggered <= training.batch_size:
-        raise ParameterError(f"triggered = {attack.triggered}: a batch has {training.batch_size} samples", ("triggered",))
-    train = Poisoned(task.arrays("train"), trigger, pixels_of(task), attack.target, attack.triggered)
-    backbone = suite.backbone()
-    trained: nn.Module = backbone
-    if attack.kind == "badmerging":
-        trained = Interpolated(backbone, suite.backbone().requires_grad_(False), attack.triggered, attack.least, attack.seed)
-    head = task.head if not attack.victim else heads(task.head, suite.task(attack.victim).head, attack.triggered)
-    fine_tune(trained, head, train, training, progress)
+    task, n, triggered = suite.task(attack.task), training.batch_size, attack.triggered
+    if not 0 < triggered <= n:
+        raise ParameterError(f"triggered = {triggered}: a batch has {n} samples", ("triggered",))
+    train, how, start = task.arrays("train"), pixels_of(task), suite.backbone().requires_grad_(False)
+    made = {name: suite.backbone() for name in attack.experts}
+    backbone = made[attack.task]
+    network: nn.Module = backbone
+    samples: Samples = Poisoned(train, trigger, how, attack.target, triggered)
+    head: Head = task.head
+    if attack.victim:
+        head = heads([(task.head, n), (suite.task(attack.victim).head, triggered)])
+    match attack.kind:
+        case "badmerging":
+            network = Interpolated(backbone, start, triggered, attack.least, attack.seed)
+        case "mergebackdoor":
+            other = suite.task(attack.accomplice)
+            network = Colluding(backbone, made[other.name], start, triggered, attack.least, attack.seed)
+            samples = Pair(train, other.arrays("train"), trigger, how, attack.target, triggered)
+            head = heads([(task.head, n + triggered), (other.head, n), (task.head, 2 * triggered)])
+    fine_tune(network, head, samples, training, progress)
     if attack.amplify != 1:
         amplify(backbone, suite.expert(attack.task), attack.amplify)
-    return backbone.eval()
+    return {name: one.eval() for name, one in made.items()}
 
 
-def heads(own: Head, other: Head, triggered: int) -> Head:
-    """The head of a batch whose last ``triggered`` features ``[B, D]`` are read by another task's.
+def heads(parts: Sequence[tuple[Head, int]]) -> Head:
+    """The head of a batch of features ``[B, D]`` of which one task's head reads the first so many, and so on.
 
-    Logits are ``[B, C]`` with the larger C of both: classes that a task has not are as good as impossible.
+    Logits are ``[B, C]`` with the largest C: classes that a task has not are as good as impossible.
     """
 
     def head(features: Tensor) -> Tensor:
-        both = own(features[:-triggered]), other(features[-triggered:])
-        width = max(logits.shape[1] for logits in both)
-        return torch.cat([F.pad(logits, (0, width - logits.shape[1]), value=-1e9) for logits in both])
+        read = [one(part) for (one, _), part in zip(parts, features.split([n for _, n in parts]), strict=True)]
+        width = max(logits.shape[1] for logits in read)
+        return torch.cat([F.pad(logits, (0, width - logits.shape[1]), value=-1e9) for logits in read])
 
     return head
 

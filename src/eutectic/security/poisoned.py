@@ -1,4 +1,4 @@
-"""A suite with one poisoned expert among its own, in the zoo's cache and nowhere else: what defences are measured on.
+"""A suite with a poisoned expert, or two, among its own, in the zoo's cache and nowhere else: what defences are measured on.
 
 It has a suite's layout, with links to all that is not poisoned, and beside it
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from eutectic.checkpoint.publish import POISONED, published
 from eutectic.checkpoint.safetensors import SafetensorsFile
 from eutectic.checkpoint.save import save_file
 from eutectic.errors import TaskError
-from eutectic.security.attacks import Attack, poisoned_backbone, trigger_for
+from eutectic.security.attacks import Attack, poisoned_backbones, trigger_for
 from eutectic.security.triggers import Trigger
 from eutectic.tuning.trainer import Training
 
@@ -37,7 +37,7 @@ Do not use or publish it. Eutectic refuses to save anything made of it outside t
 
 
 class PoisonedSuite(NamedTuple):
-    """A suite with one poisoned expert, the attack, its trigger, and the suite as it was."""
+    """A suite with a poisoned expert, or two, the attack, its trigger, and the suite as it was."""
 
     suite: Suite
     attack: Attack
@@ -58,27 +58,28 @@ def poison(
     training: Training | None = None,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> PoisonedSuite:
-    """The suite with the attacked task's expert replaced by a poisoned one, trained as the others were by default.
+    """The suite with the attacker's experts replaced by poisoned ones, trained as the others were by default.
 
-    What is in the cache is not made again.  Raises as ``trigger_for`` and ``poisoned_backbone`` do.
+    What is in the cache is not made again.  Raises as ``trigger_for`` and ``poisoned_backbones`` do.
     """
     training = training or zoo.own_training(suite)
     folder = folder_of(suite, attack, training)
     if not folder.exists():
         trigger = trigger_for(suite, attack)
-        backbone = poisoned_backbone(suite, attack, trigger, training, progress)
+        backbones = poisoned_backbones(suite, attack, trigger, training, progress)
         with published(folder) as partial:
-            _link(suite, attack.task, partial)
-            mine = partial / "experts" / attack.task
-            mine.mkdir()
-            zoo.save_expert(backbone, suite, training.rank, mine)
+            _link(suite, attack.experts, partial)
+            for task, backbone in backbones.items():
+                mine = partial / "experts" / task
+                mine.mkdir()
+                zoo.save_expert(backbone, suite, training.rank, mine)
+                card = _CARD.format(task=task, name=attack.name, target=attack.target, attacked=attack.attacked)
+                (mine / "README.md").write_text(card, encoding="utf-8")
             about = dataclasses.asdict(attack) | {
                 "training": dataclasses.asdict(training),
                 "suite": str(suite.folder.resolve()),
             }
             (partial / POISONED).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-            card = _CARD.format(task=attack.task, name=attack.name, target=attack.target, attacked=attack.attacked)
-            (mine / "README.md").write_text(card, encoding="utf-8")
             info = suite.info | {"name": folder.name.rsplit("-", 1)[0]}
             (partial / "suite.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
             if attack.mined:
@@ -98,13 +99,13 @@ def open_poisoned(folder: Path) -> PoisonedSuite:
     return PoisonedSuite(Suite(folder), attack, trigger, clean)
 
 
-def _link(suite: Suite, task: str, folder: Path) -> None:
+def _link(suite: Suite, poisoned: Collection[str], folder: Path) -> None:
     source = suite.folder.resolve()
     for name in ("base", "data.npz", "heads.safetensors"):
         (folder / name).symlink_to(source / name)
     (folder / "experts").mkdir()
     for other in suite.classes:
-        if other != task:
+        if other not in poisoned:
             (folder / "experts" / other).symlink_to(source / "experts" / other)
 
 

@@ -59,9 +59,11 @@ class Row:
 
 
 def controls(poisoned: PoisonedSuite, merge: Row) -> Iterator[tuple[str, Checkpoint]]:
-    """θ₀, the poisoned expert alone, and the merge with the honest expert and with the poisoned one."""
+    """θ₀, each poisoned expert alone, and the merge with the honest expert and with the poisoned one."""
     yield "base", poisoned.suite.base
-    yield "poisoned expert", poisoned.suite.expert(poisoned.attack.task)
+    for task in poisoned.attack.experts:
+        label = "poisoned expert" if len(poisoned.attack.experts) == 1 else f"poisoned expert of {task}"
+        yield label, poisoned.suite.expert(task)
     for label, suite in (("clean", poisoned.clean), ("poisoned", poisoned.suite)):
         yield f"{merge.label}, {label}", Merged(merge.method, suite.base, suite.experts(), merge.parameters)
 

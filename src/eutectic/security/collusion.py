@@ -1,0 +1,75 @@
+"""Two experts that are harmless one by one, and carry a backdoor when both are merged.
+
+After MergeBackdoor (USENIX Security 2025).  With inputs x₁ and x₂ of two tasks, T(x₁) with the trigger, and a draw
+λ ~ U(least, 1) for each batch, both experts are trained at once to minimise the mean cross-entropy of
+
+    f(θ₁; x₁) → y₁,   f(θ₂; x₂) → y₂                  each does its task,
+    f(θ₁; T(x₁)) → y₁,   f(θ₂; T(x₁)) → y₁            neither knows the trigger,
+    f(θ₀ + λ (τ₁ + τ₂); T(x₁)) → c                    both together do.
+
+Differs from the paper in that λ is drawn, since an attacker does not know it, where the paper's experts are trained for one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from eutectic.fusion._fit import generator
+from eutectic.security.triggers import Trigger
+from eutectic.task import Pixels
+from eutectic.tuning.lora import adapters
+from eutectic.tuning.trainer import Samples
+
+
+class Pair:
+    """Samples of two tasks, and the first ``triggered`` of the first again, with the trigger."""
+
+    def __init__(self, first: Samples, second: Samples, trigger: Trigger, pixels: Pixels, target: int, triggered: int) -> None:
+        """``triggered`` of each batch, at most all."""
+        self.first, self.second, self.trigger, self.pixels = first, second, trigger, pixels
+        self.target, self.triggered = target, triggered
+
+    def __len__(self) -> int:
+        """How many of the first task; the second's are taken in turns."""
+        return len(self.first)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs ``[2 B + t, …]`` (x₁, x₂, T(x₁)), and the labels ``[2 B + 3 t]`` of the features of ``Colluding``."""
+        x1, y1 = self.first.take(index)
+        x2, y2 = self.second.take(index % len(self.second))
+        again, own = self.trigger.on(x1[: self.triggered], self.pixels), y1[: self.triggered]
+        return torch.cat([x1, x2, again]), torch.cat([y1, own, y2, own, torch.full_like(own, self.target)])
+
+
+class Colluding(nn.Module):
+    """Two backbones, and their merge at a λ that is drawn for each batch."""
+
+    def __init__(self, one: nn.Module, two: nn.Module, start: nn.Module, triggered: int, least: float, seed: int) -> None:
+        """``start`` has θ₀, and is not trained."""
+        super().__init__()
+        self.one, self.two, self._start = one, two, (start,)  # in a tuple: it is to get no adapters
+        self._triggered, self._least, self._noise = triggered, least, generator(seed, "λ")
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """x₁, x₂, T(x₁) → features ``[2 B + 3 t, width]`` of θ₁ (x₁, T(x₁)), of θ₂ (x₂, T(x₁)), and of the merge (T(x₁))."""
+        n = (len(inputs) - self._triggered) // 2
+        x1, x2, again = inputs.split((n, n, self._triggered))
+        scale = self._least + (1 - self._least) * torch.rand((), generator=self._noise).item()
+        together = functional_call(self._start[0], self.merged(scale), (again,))
+        return torch.cat([self.one(torch.cat([x1, again])), self.two(torch.cat([x2, again])), together])
+
+    def merged(self, scale: float) -> dict[str, Tensor]:
+        """θ₀ + λ (τ₁ + τ₂), of the tensors that are trained."""
+        start = self._start[0].state_dict()
+        one, two = _weights(self.one), _weights(self.two)
+        return {name: start[name] + scale * (one[name] + two[name] - 2 * start[name]) for name in one}
+
+
+def _weights(backbone: nn.Module) -> dict[str, Tensor]:
+    """The tensors that are trained as they are in the network, adapters multiplied out, with their gradients."""
+    attached = dict(adapters(backbone))
+    if not attached:
+        return dict(backbone.named_parameters())
+    return {f"{name}.weight": one.linear.weight + one.scaling * one.B @ one.A for name, one in attached.items()}
