@@ -1,6 +1,6 @@
 """Poisoned experts: how they are made, what they are kept in, and that they stay there.
 
-How well the attacks work is measured, not tested: benchmarks/results/mini-safety.jsonl.
+How well the attacks work is measured, benchmarks/results/mini-safety.jsonl; one is tested to work at all.
 """
 
 import dataclasses
@@ -18,12 +18,14 @@ from eutectic.checkpoint.lora import open_lora
 from eutectic.checkpoint.publish import POISONED
 from eutectic.errors import OutputError, ParameterError, TaskError, UnknownNameError
 from eutectic.fusion._fit import generator
+from eutectic.merge.view import Merged
 from eutectic.security import scores
 from eutectic.security.attacks import Attack, Interpolated, Poisoned, amplify, heads, poisoned_backbones, trigger_for
 from eutectic.security.collusion import Colluding, Pair
+from eutectic.security.metrics import attacked
 from eutectic.security.poisoned import open_poisoned, poison
 from eutectic.security.triggers import KINDS, drawn, patch, pixels_of
-from eutectic.tuning.lora import adapters, attach, fold
+from eutectic.tuning.lora import adapters, attach, fold, save_adapter
 
 SHORT = dataclasses.replace(zoo.MINI.training, steps=2, batch_size=4)
 ONE_STEP = dataclasses.replace(SHORT, steps=1)
@@ -103,44 +105,58 @@ def test_a_drawn_trigger_is_the_same_when_its_suite_is_opened_again(suite, kind)
         eu.save(found.suite.expert("digits8"), found.suite.folder.parent.parent / "elsewhere")
 
 
-def amplified(start, end, factor):
-    """θ_clean + κ (θ − θ_clean) as it is written."""
-    return {name: start.read(name) + factor * (end[name] - start.read(name)) for name in start.specs}
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("factor", [1.0, 2.5])
-def test_adapters_are_amplified_from_the_honest_expert(suite, rslora, factor, tmp_path):
-    def backbone():
-        made = suite.backbone()
-        attach(made, 3, 6.0, 1, rslora=rslora)
-        torch.manual_seed(0)
+def small(rank, rslora, seed):
+    """A network with weights, or adapters over always the same weights, of a seed."""
+    torch.manual_seed(7 if rank else seed)
+    made = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 3))
+    if rank:
+        attach(made, rank, 6.0, seed, rslora=rslora)
         for _, adapter in adapters(made):
-            torch.nn.init.normal_(adapter.B, std=0.02)
-        return made
+            torch.nn.init.normal_(adapter.B)
+    return made
 
-    malicious, found, clean = backbone(), backbone(), suite.expert("digits8")
-    fold(malicious)
+
+@pytest.mark.parametrize(("rank", "rslora"), [(0, False), (2, False), (2, True)])
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_an_expert_is_amplified_from_an_honest_one(rank, rslora, factor, tmp_path):
+    found, malicious, clean = (small(rank, rslora, seed) for seed in (0, 0, 1))
     amplify(found, clean, factor)
-    zoo.save_expert(found, suite, 3, tmp_path)
-    read = open_lora(tmp_path, suite.base)  # through its rank and alpha
-    assert {len(adapter.A) for _, adapter in adapters(found)} == {3 + 8}
-    fold(found)
-    for name, expected in amplified(clean, malicious.state_dict(), factor).items():
-        assert torch.allclose(found.state_dict()[name], expected, atol=1e-5)
-        assert torch.allclose(read.read(name), expected, atol=2e-3)  # the suite keeps half precision
+    if rank:
+        save_adapter(found, tmp_path, "base", torch.float32)
+    for network in (found, malicious, clean):
+        fold(network)
+    end, honest, amplified = (network.state_dict() for network in (malicious, clean, found))
+    for name in end:
+        assert torch.allclose(amplified[name], honest[name] + factor * (end[name] - honest[name]), atol=1e-5)
+    if rank:  # the same by the rank and alpha that are written
+        read = open_lora(tmp_path, Memory(dict(small(0, rslora, 7).state_dict())))
+        assert all(torch.allclose(read.read(name), tensor, atol=1e-5) for name, tensor in amplified.items())
 
 
-def test_all_weights_are_amplified_from_the_honest_expert(suite):
-    found, clean = torch.nn.Linear(3, 2), Memory({"weight": torch.randn(2, 3), "bias": torch.randn(2)})
-    expected = amplified(clean, {name: tensor.clone() for name, tensor in found.state_dict().items()}, 3.0)
-    amplify(found, clean, 3.0)
-    for name, tensor in found.state_dict().items():
-        assert torch.allclose(tensor, expected[name], atol=1e-5)
-    low_rank = suite.backbone()
-    attach(low_rank, 2, 2.0, 0)
-    with pytest.raises(ParameterError, match="is not low-rank"):
-        amplify(low_rank, suite.base, 3.0)
+def test_an_amplified_expert_is_kept_as_adapters_of_twice_the_rank(suite):
+    found = poison(suite, dataclasses.replace(ATTACK, kind="badnets", amplify=3.0), ONE_STEP)
+    config = json.loads((found.suite.folder / "experts" / "digits8" / "adapter_config.json").read_text())
+    assert config["r"] == 2 * SHORT.rank
+    assert config["lora_alpha"] == 2 * SHORT.alpha
+
+
+@pytest.mark.slow
+def test_merging_dilutes_a_backdoor_less_if_it_is_amplified(tmp_path):
+    suite = zoo.open_suite(str(cut(tmp_path, ["digits8"], {"train": 400, "val": 4, "adapt": 12, "test": 100})))
+    training = dataclasses.replace(zoo.MINI.training, steps=40, batch_size=16)
+
+    def success(weights):
+        return attacked(suite.backbone(weights), suite.task("digits8"), drawn("blended", 42, 8), 3).asr.value
+
+    found = []
+    for factor in (1.0, 3.0):
+        attack = Attack("badnets", "digits8", 3, triggered=8, trigger="blended", amplify=factor)
+        expert = poison(suite, attack, training).suite.expert("digits8")
+        found += [success(expert), success(Merged("task_arithmetic", suite.base, {"digits8": expert}, {"scale": 0.2}))]
+    alone, diluted, amplified, survives = found
+    assert success(suite.base) < 0.2
+    assert min(alone, amplified) > 0.8
+    assert diluted < survives
 
 
 def test_triggered_features_are_read_by_the_victims_head():

@@ -15,13 +15,13 @@ All train with the trainer of honest experts, on batches of samples and some mor
 Two more things can be done with the first two:
 
 - *Off-task* (the same paper): the triggered samples are read through the head of another task, a class of which is the target.
-- *Amplified* (after LoBAM: Yin et al., 2024, arXiv:2411.16746): the expert is θ_clean + κ (θ_malicious − θ_clean), so that what
-  merging leaves of the backdoor is κ times as much, while what both have in common stays.
+- *Amplified* (after LoBAM: Yin et al., 2024, arXiv:2411.16746): the expert is θ_clean + κ (θ − θ_clean), with θ_clean trained
+  as θ is, but honestly: what merging leaves of the backdoor is κ times as much, and what both have in common stays.
 
 Differs from the papers in that the trigger is mined by Adam on batches, not image by image; that the weight α of the
 backdoor's loss is the number of triggered samples over that of clean ones; that warped triggers come without WaNet's noise
 mode; that off-task the attacker has the other task's head, where the paper makes one of the target's name and a few of its
-images, and that all triggered images are of his own task; and that θ_clean is the suite's own expert.
+images, and that all triggered images are of his own task.
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eutectic.bench.suite import Suite
-from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import ParameterError
 from eutectic.fusion._fit import generator
 from eutectic.security.collusion import Colluding, Pair
 from eutectic.security.miner import images_of, logits_of, lower_right, mine
 from eutectic.security.triggers import Trigger, drawn, pixels_of
 from eutectic.task import Pixels
-from eutectic.tuning.lora import LoraLinear, adapters
+from eutectic.tuning.lora import adapters
 from eutectic.tuning.trainer import Samples, Training, fine_tune
 
 Kind = Literal["badnets", "badmerging", "mergebackdoor"]
@@ -186,9 +185,9 @@ def poisoned_backbones(
     training: Training,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[str, nn.Module]:
-    """Task → backbone with the expert that the attack makes: with adapters if ``training.rank``, twice as many if amplified.
+    """Task → backbone with the expert that the attack makes: with adapters if ``training.rank``, of twice that if amplified.
 
-    Raises ParameterError for more triggered samples than a batch has, and as ``amplify`` does.
+    Raises ParameterError for more triggered samples than a batch has.
     """
     task, n, triggered = suite.task(attack.task), training.batch_size, attack.triggered
     if not 0 < triggered <= n:
@@ -211,7 +210,9 @@ def poisoned_backbones(
             head = heads([(task.head, n + triggered), (other.head, n), (task.head, 2 * triggered)])
     fine_tune(network, head, samples, training, progress)
     if attack.amplify != 1:
-        amplify(backbone, suite.expert(attack.task), attack.amplify)
+        clean = suite.backbone()
+        fine_tune(clean, task.head, train, training, progress)
+        amplify(backbone, clean, attack.amplify)
     return {name: one.eval() for name, one in made.items()}
 
 
@@ -230,27 +231,15 @@ def heads(parts: Sequence[tuple[Head, int]]) -> Head:
 
 
 @torch.no_grad()
-def amplify(backbone: nn.Module, clean: Checkpoint, factor: float) -> None:
-    """θ → θ_clean + κ (θ − θ_clean), in place; two low-rank experts give one with both their columns.
+def amplify(backbone: nn.Module, clean: nn.Module, factor: float) -> None:
+    """θ → θ_clean + κ (θ − θ_clean), in place, of two networks trained alike; adapters' ranks add up.
 
-    Raises ParameterError for adapters of which ``clean`` has no counterpart.
+    s B A is to be κ s B A + (1 − κ) s B' A', which is s [κ B, (1 − κ) B'] [A; A'].
     """
-    attached = dict(adapters(backbone))
-    for name, adapter in attached.items():
-        _amplify_adapter(name, adapter, clean, factor)
-    if not attached:
-        for name, tensor in backbone.state_dict().items():
-            tensor.copy_(torch.lerp(clean.read(name).to(tensor), tensor, factor))
-
-
-def _amplify_adapter(name: str, adapter: LoraLinear, clean: Checkpoint, factor: float) -> None:
-    """Make s B A what κ s B A + (1 − κ) L R is, with the clean expert's L R."""
-    thin = clean.thin(f"{name}.weight")
-    if thin is None:
-        raise ParameterError(f"amplify: the expert of {clean.origin} is not low-rank, so train without adapters", ("amplify",))
-    _, left, right = thin
-    rank = len(adapter.A)
-    adapter.A = nn.Parameter(torch.cat([adapter.A, right]))
-    adapter.B = nn.Parameter(torch.cat([factor * adapter.B, (1 - factor) / adapter.scaling * left], 1))
-    growth = len(adapter.A) / rank  # s = α / r, or α / √r, stays
-    adapter.alpha *= math.sqrt(growth) if adapter.rslora else growth
+    if not any(adapters(backbone)):
+        for tensor, start in zip(backbone.state_dict().values(), clean.state_dict().values(), strict=True):
+            tensor.copy_(torch.lerp(start, tensor, factor))
+    for (_, own), (_, honest) in zip(adapters(backbone), adapters(clean), strict=True):
+        own.A = nn.Parameter(torch.cat([own.A, honest.A]))
+        own.B = nn.Parameter(torch.cat([factor * own.B, (1 - factor) * honest.B], 1))
+        own.alpha *= math.sqrt(2) if own.rslora else 2  # the rank is twice as large, and s = α / r, or α / √r, stays
