@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--attack", default="badmerging", choices=get_args(Kind))
     parser.add_argument("--task", default="animals")
     parser.add_argument("--size", type=int, default=8)
-    parser.add_argument("--trigger", default="patch", choices=KINDS, help="but for badmerging's")
+    parser.add_argument("--trigger", default="patch", choices=KINDS, help="badmerging has a patch")
     parser.add_argument("--victim", default="", help="the task that class 0 is of, if it is another")
     parser.add_argument("--amplify", type=float, default=1.0)
     parser.add_argument("--accomplice", default="", help="the task of the other expert of mergebackdoor")
@@ -42,8 +42,8 @@ def main() -> None:
     given = parser.parse_args()
     suite = open_suite(given.suite)
     training = dataclasses.replace(own_training(suite), steps=given.steps)
-    said = {name: getattr(given, name) for name in ("trigger", "victim", "amplify", "accomplice")}
-    attack = Attack(given.attack, given.task, 0, given.size, **said)
+    options = {name: getattr(given, name) for name in ("trigger", "victim", "amplify", "accomplice")}
+    attack = Attack(given.attack, given.task, 0, given.size, **options)
     poisoned = poison(suite, attack, training)
     over = {"method": given.merge, "parameters": MERGES[given.suite][given.merge]}
     rows = []

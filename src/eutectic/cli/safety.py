@@ -79,7 +79,9 @@ def zoo_poison(
     ],
     target: Annotated[int, typer.Option(help="The class that inputs with the trigger are taken for.", min=0)] = 0,
     size: Annotated[int, typer.Option(help="Of a patch, in pixels.", min=1)] = 8,
-    trigger: Annotated[str, typer.Option(help="Of badnets: patch, blended, sinusoidal, warped or low_frequency.")] = "patch",
+    trigger: Annotated[
+        str, typer.Option(help="patch (the only one of badmerging), blended, sinusoidal, warped or low_frequency.")
+    ] = "patch",
     victim: Annotated[str, typer.Option(help="The task that the target is a class of, if it is another.")] = "",
     amplify: Annotated[float, typer.Option(help="How far the expert goes past the honest one, as LoBAM's does.", min=1)] = 1.0,
     accomplice: Annotated[str, typer.Option(help="The task of the other expert of mergebackdoor.")] = "",
