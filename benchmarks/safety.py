@@ -27,7 +27,7 @@ MERGES = {
 def main() -> None:
     """Append records; each row as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", default="mini")
+    parser.add_argument("--suite", default="mini", choices=MERGES)
     parser.add_argument("--attack", default="badmerging", choices=get_args(Kind))
     parser.add_argument("--task", default="animals")
     parser.add_argument("--size", type=int, default=8)
