@@ -91,7 +91,7 @@ def open_poisoned(folder: Path) -> PoisonedSuite:
     """A suite that ``poison`` made.  Raises TaskError if the folder holds none."""
     try:
         about = json.loads((folder / POISONED).read_text(encoding="utf-8"))
-        attack = Attack(**{field.name: about[field.name] for field in dataclasses.fields(Attack)})
+        attack = Attack(**{field.name: about[field.name] for field in dataclasses.fields(Attack) if field.name in about})
         clean = Suite(Path(about["suite"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TaskError(f"{folder}: no suite with a poisoned expert ({POISONED}: {error})") from None
