@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.checkpoint.views import Lerp
-from eutectic.fusion._fit import Batches
+from eutectic.fusion._fit import Batches, Loss, backward, generator
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.fusion._losses import fill
 from eutectic.fusion._tensors import finished, laid_over, names_of
@@ -135,6 +135,23 @@ class Path:
             tau.grad, weight.grad = slope, None
 
 
+def taught(
+    path: Path, network: nn.Module, batches: Batches, loss: Loss, run: Run, *, steps: int, lr: float, radius: float = 0.0
+) -> list[float]:
+    """Adam on τ along a path to its end, at the worst of all weights within ``radius`` (SAM); the losses of all steps."""
+    optimiser, history = torch.optim.Adam(path.tau, lr=lr), []
+    for step in range(steps):
+        for reach in (0.0, radius) if radius else (0.0,):
+            path.write(1.0, reach)
+            value = backward(network, batches, step, loss, run)
+            path.collect()
+        optimiser.step()
+        history.append(value)
+        run.progress("tuning", step + 1, steps)
+    path.write(1.0)
+    return history
+
+
 def perturbations(tasks: Sequence[Task], run: Run, mode: str, noise: torch.Generator) -> dict[str, Tensor]:
     """Random parameters z of a universal trigger of a mode for each task.
 
@@ -148,6 +165,53 @@ def perturbed(task: Task, inputs: Tensor, mode: str, z: Tensor) -> Tensor:
     """A task's inputs with the trigger of parameters z, through which gradients go."""
     how = pixels_of(task)
     return how.inputs(mode_of(mode).change(z[None], how.of(inputs))[0])
+
+
+class Climbing:
+    """A universal trigger of each task, that climbs a loss in the same passes in which a network descends it."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        batches: Batches,
+        run: Run,
+        mode: str,
+        loss: Loss,
+        lr: float,
+        weight: float,
+        climbed: Loss | None = None,
+    ) -> None:
+        """Random triggers of a mode, which move by ``lr`` and the sign of the gradient of ``climbed``, by default ``loss``.
+
+        ``weight`` is that of the loss in what the network descends.  Raises as ``perturbations`` does.
+        """
+        self.network, self.batches, self.run, self.mode = network, batches, run, mode
+        self.lr, self.weight, self._loss, self._climbed = lr, weight, loss, climbed
+        self.z = perturbations(batches.tasks, run, mode, generator(run.seed, "dam"))
+
+    def logits(self, task: Task, index: Tensor, z: Tensor) -> Tensor:
+        """Of a task's samples under the trigger of parameters z."""
+        return self.run.forward(self.network, task, perturbed(task, self.batches.inputs(task, index), self.mode, z))
+
+    def backward(self, step: int) -> None:
+        """Add the gradient of the loss to the network's, and move the triggers the other way."""
+        for task in self.batches.tasks:
+            index, z = self.batches.index(task, step), self.z[task.name].requires_grad_()
+            logits = self.logits(task, index, z)
+            slope = None
+            if self._climbed is not None:
+                (slope,) = torch.autograd.grad(self._climbed(task, logits, index), z, retain_graph=True)
+            (self.weight * self._loss(task, logits, index)).backward()
+            slope = z.grad if slope is None else slope
+            assert slope is not None
+            self.z[task.name] = z.detach() + self.lr * slope.sign()
+
+    @torch.no_grad()
+    def held_out(self) -> float:
+        """The loss over the samples that are held out."""
+        held = self.batches.held_out
+        parts = [self._loss(t, self.logits(t, held[t.name], self.z[t.name]), held[t.name]) for t in self.batches.tasks]
+        return self.weight * float(torch.stack(parts).sum())
 
 
 def chosen(looked: Sequence[tuple[Choice, float, float]], most: float, budget: float) -> Choice:

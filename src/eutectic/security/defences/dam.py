@@ -11,13 +11,13 @@ from torch import Tensor
 from eutectic.checkpoint.base import Memory
 from eutectic.fusion._coefficients import facts, weighted
 from eutectic.fusion._concrete import ConcreteMask, exported, logit_gradient, named
-from eutectic.fusion._fit import Batches, backward, descend, generator, held_out_loss
+from eutectic.fusion._fit import Batches, backward, descend, held_out_loss
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import divergence_from, expert_outputs
 from eutectic.fusion._weighted import Weighted
 from eutectic.merge.view import Merged
 from eutectic.methods._method import Count, NonNegative, Positive
-from eutectic.security.defences._defended import perturbations, perturbed
+from eutectic.security.defences._defended import Climbing
 from eutectic.task import Task
 
 REFERENCE = (
@@ -71,19 +71,7 @@ def dam(
         equation = Weighted(models.network, models.base, {"merge": source}, fixed=[1.0])
         ones = torch.ones(equation.shape, dtype=torch.float64)
         masks = [ConcreteMask(equation, temperature, run.seed + number) for number in range(2)]
-        z = perturbations(tasks, run, mode, generator(run.seed, "dam"))
-
-        def safe(task: Task, index: Tensor, knots: Tensor) -> Tensor:
-            inputs = perturbed(task, batches.inputs(task, index), mode, knots)
-            return safety * loss(task, run.forward(equation.network, task, inputs), index)
-
-        def harden(task: Task, step: int) -> None:
-            """Add ∂L_safe/∂θ, and move the perturbation the other way."""
-            knots = z[task.name].requires_grad_()
-            safe(task, batches.index(task, step), knots).backward()
-            slope = knots.grad
-            assert slope is not None
-            z[task.name] = knots.detach() + inner_lr * slope.sign()
+        triggers = Climbing(equation.network, batches, run, mode, loss, inner_lr, safety)
 
         def slopes(samples: Sequence[Sequence[Tensor]], which: int) -> dict[str, Tensor]:
             """∂L/∂x of one mask, of the gradient that the network has."""
@@ -103,8 +91,7 @@ def dam(
             found = slopes(samples, 0)
             for parameter, slope in zip(parameters_of(equation), kept, strict=True):
                 parameter.grad.copy_(slope)
-            for task in tasks:
-                harden(task, step)
+            triggers.backward(step)
             return value, found | slopes(samples, 1)
 
         def used() -> list[Tensor]:
@@ -113,9 +100,7 @@ def dam(
 
         def criterion() -> float:
             equation.write(ones, used())
-            with torch.no_grad():
-                harm = sum(safe(task, batches.held_out[task.name], z[task.name]).item() for task in tasks)
-            return held_out_loss(equation.network, batches, loss, run) + harm
+            return held_out_loss(equation.network, batches, loss, run) + triggers.held_out()
 
         state = {f"{number}/{name}": x for number, mask in enumerate(masks) for name, x in mask.logits.items()}
         found = descend("masks", state, gradients, criterion, run, steps=steps, lr=lr, patience=patience)

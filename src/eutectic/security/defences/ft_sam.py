@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from eutectic.fusion._fit import Batches, backward
+from eutectic.fusion._fit import Batches
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import divergence_from, expert_outputs
 from eutectic.methods._method import Count, NonNegative, Positive
-from eutectic.security.defences._defended import Path, fill_with, merged, over, trained, tuned
+from eutectic.security.defences._defended import Path, fill_with, merged, over, taught, trained, tuned
 from eutectic.task import Task
 
 REFERENCE = (
@@ -46,19 +44,10 @@ def ft_sam(
     """
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
-        about, network, history = over(method, parameters), models.network, []
+        about, network = over(method, parameters), models.network
         batches, loss = Batches(run, tasks, batch_size), divergence_from(expert_outputs(models, tasks, run))
         path = Path(fill_with(network, merged(models.base, models.experts, about)))
-        optimiser = torch.optim.Adam(path.tau, lr=lr)
-        for step in range(steps):
-            for reach in (0.0, radius) if radius else (0.0,):
-                path.write(1.0, reach)
-                value = backward(network, batches, step, loss, run)
-                path.collect()
-            optimiser.step()
-            history.append(value)
-            run.progress("tuning", step + 1, steps)
-        path.write(1.0)
+        history = taught(path, network, batches, loss, run, steps=steps, lr=lr, radius=radius)
         return trained(models, about | {"history": history})
 
     return Fusion(fit, tuned)
