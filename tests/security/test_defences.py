@@ -1,5 +1,7 @@
 """Defences: that each does what its equation says.  How well they defend is measured, not tested: docs/safety.md."""
 
+import math
+
 import pytest
 import torch
 from tests.bench.cuts import cut
@@ -15,6 +17,7 @@ from eutectic.security.defences import attribution_gate as gate_file
 from eutectic.security.defences import defence_ladder as ladder_file
 from eutectic.security.defences import lfpm as lfpm_file
 from eutectic.security.defences import tbar as tbar_file
+from eutectic.security.defences._defended import Climbing
 from eutectic.security.metrics import share
 from eutectic.security.miner import Mined
 from eutectic.security.triggers import patch
@@ -97,6 +100,8 @@ def test_what_a_trigger_teaches_is_taken_away(suite, models, suspicion, monkeypa
 LEARN = {
     "i_bau": {"rounds": 1, "inner": 1, "steps": 1},
     "dam": {"steps": 1},
+    "dam_single_mask": {"steps": 1},
+    "awm": {"steps": 1},
     "ft_sam": {"steps": 1},
     "lfpm": {"steps": 1, "mining": 1, "budget": 1.0, "most": 0.0},
 }
@@ -105,6 +110,7 @@ LEARN = {
 @pytest.mark.parametrize(("name", "some"), LEARN.items())
 def test_defences_that_learn_are_seeded_and_change_what_they_should(suite, models, name, some, monkeypatch):
     monkeypatch.setattr(lfpm_file, "SHARES", (1.0,))  # whatever the choice
+    monkeypatch.setattr(Climbing, "held_out", lambda self: math.nan)
     given = OVER | some | {"batch_size": 2}
     first, again = (fused(suite.base, suite.experts(), fit(name, models, suite.tasks, given, Run())) for _ in range(2))
     assert same(first, again, 0.0)
@@ -170,7 +176,7 @@ def test_both_masks_of_dam_have_the_gradient_of_autograd():
     assert 0.4 < mean < 0.6
 
 
-@pytest.mark.parametrize("name", ["dam", "i_bau", "lfpm"])
+@pytest.mark.parametrize("name", ["awm", "dam", "dam_single_mask", "i_bau", "lfpm"])
 def test_a_mode_of_triggers_that_there_is_not_is_refused_by_name(name, suite, models):
     with pytest.raises(UnknownNameError, match="Did you mean 'corners'"):
         fit(name, models, [suite.task(task) for task in TASKS], OVER | {"mode": "corner"}, Run())
