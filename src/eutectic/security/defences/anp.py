@@ -17,7 +17,7 @@ from eutectic.security.defences._units import Units, agreeing, cut, furthest, hi
 from eutectic.task import Task
 
 REFERENCE = "Wu & Wang, Adversarial neuron pruning purifies backdoored deep models, NeurIPS 2021, arXiv:2110.14430"
-#: thresholds that are tried, from nothing on; at the last, the only units that are kept are those whose mask was never lowered
+#: thresholds that are tried, from nothing on; with the last, units are kept whose mask is 1
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 

@@ -20,7 +20,7 @@ REFERENCE = "Chai & Chen, One-shot neural backdoor erasing via adversarial weigh
 
 def awm(
     steps: Count = 60,
-    lr: Positive = 2e-2,
+    lr: Positive = 2e-3,
     safety: NonNegative = 1.0,
     sparsity: NonNegative = 0.1,
     inner_lr: Positive = 0.5,
