@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,6 +18,8 @@ from eutectic.fusion._routed import Turned, module_of
 from eutectic.security.defences._defended import agreement
 
 Choice = TypeVar("Choice")
+#: of a module and its positional arguments; what it gives, if anything, are other arguments
+Hook = Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]
 
 
 class Units(NamedTuple):
@@ -43,13 +45,9 @@ def hidden_units(network: nn.Module) -> dict[str, Units]:
 
 
 @contextmanager
-def scaled(units: Mapping[str, Units], scales: Mapping[str, Tensor]) -> Iterator[None]:
-    """For a while the activations of units are multiplied by ``scales`` ``[width]``; gradients go through these."""
-
-    def hook(scale: Tensor) -> Any:
-        return lambda module, args: (args[0] * scale.to(args[0]), *args[1:])
-
-    handles = [units[name].module.register_forward_pre_hook(hook(scale)) for name, scale in scales.items()]
+def _hooked(units: Mapping[str, Units], hooks: Mapping[str, Hook]) -> Iterator[None]:
+    """For a while what reads the units is preceded by hooks."""
+    handles = [units[name].module.register_forward_pre_hook(hook) for name, hook in hooks.items()]
     try:
         yield
     finally:
@@ -57,25 +55,30 @@ def scaled(units: Mapping[str, Units], scales: Mapping[str, Tensor]) -> Iterator
             handle.remove()
 
 
+def scaled(units: Mapping[str, Units], scales: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    """For a while the activations of units are multiplied by ``scales`` ``[width]``; gradients go through these."""
+
+    def by(scale: Tensor) -> Hook:
+        return lambda module, args: (args[0] * scale.to(args[0]), *args[1:])
+
+    return _hooked(units, {name: by(scale) for name, scale in scales.items()})
+
+
 @torch.no_grad()
 def activity(network: nn.Module, units: Mapping[str, Units], batches: Batches, run: Run, most: int = 64) -> dict[str, Tensor]:
     """The sum of |activation| ``[width]`` of each unit, over places and over at most so many inputs a task, none held out."""
     sums = {name: torch.zeros(one.width, dtype=torch.float64) for name, one in units.items()}
 
-    def hook(name: str) -> Any:
+    def into(total: Tensor) -> Hook:
         def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums[name] += args[0].abs().flatten(0, -2).sum(0, dtype=torch.float64).cpu()
+            total.add_(args[0].abs().flatten(0, -2).sum(0, dtype=torch.float64).cpu())
 
         return add
 
-    handles = [one.module.register_forward_pre_hook(hook(name)) for name, one in units.items()]
-    try:
+    with _hooked(units, {name: into(total) for name, total in sums.items()}):
         for task in batches.tasks:
             for index in batches.learn[task.name][:most].split(64):
                 run.forward(network, task, batches.inputs(task, index))
-    finally:
-        for handle in handles:
-            handle.remove()
     return sums
 
 

@@ -34,7 +34,7 @@ def dam(
     temperature: Positive = 0.5,
     batch_size: Count = 8,
     patience: Count = 5,
-    mode: str = "corners",
+    mode: str = "windows",
     method: str = "task_arithmetic",
     parameters: dict[str, Any] | None = None,
 ) -> Fusion:
