@@ -11,6 +11,7 @@ from typing import get_args
 
 from eutectic import record
 from eutectic.bench.zoo import open_suite, own_training
+from eutectic.fusion._fusion import Run
 from eutectic.security.attacks import Attack, Kind
 from eutectic.security.commands import METHOD, PARAMETERS
 from eutectic.security.poisoned import poison
@@ -39,11 +40,13 @@ def main() -> None:
     parser.add_argument("--defence", action="append", default=[], help="a defence, and parameters as JSON after a space")
     parser.add_argument("--out", type=Path, default=Path("runs/safety/records.jsonl"))
     parser.add_argument("--steps", type=int, default=300, help="of training the poisoned expert")
+    parser.add_argument("--seed", type=int, default=0, help="of attack and defences")
+    parser.add_argument("--bf16", action="store_true", help="fit defences in bfloat16")
     given = parser.parse_args()
     suite = open_suite(given.suite)
     training = dataclasses.replace(own_training(suite), steps=given.steps)
     options = {name: getattr(given, name) for name in ("trigger", "victim", "amplify", "accomplice")}
-    attack = Attack(given.attack, given.task, 0, given.size, **options)
+    attack = Attack(given.attack, given.task, 0, given.size, seed=given.seed, **options)
     poisoned = poison(suite, attack, training)
     over = {"method": given.merge, "parameters": MERGES[given.suite][given.merge]}
     rows = []
@@ -51,7 +54,8 @@ def main() -> None:
         name, _, rest = said.partition(" ")
         rows.append(Row(f"{name} over {given.merge}", name, over | json.loads(rest or "{}")))
     merge = Row(given.merge, given.merge, MERGES[given.suite][given.merge])
-    for one in table(poisoned, merge, rows, progress=lambda *told: print(*told, file=sys.stderr, flush=True)):
+    run = Run(given.seed, autocast=given.bf16)
+    for one in table(poisoned, merge, rows, run=run, progress=lambda *told: print(*told, file=sys.stderr, flush=True)):
         record.append(given.out, [one])
         print(f"{one.method:32} {one.task:14} {one.metric:20} {100 * one.value:6.1f}", flush=True)
 

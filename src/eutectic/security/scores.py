@@ -83,7 +83,7 @@ def table(
     defences: Sequence[Row],
     *,
     tasks: Sequence[str] | None = None,
-    seed: int = 0,
+    run: Run = Run(),
     progress: Progress = silent,
 ) -> Iterator[Record]:
     """The records of the controls, and of each defence of the poisoned merge; seconds are those of making the weights."""
@@ -91,7 +91,7 @@ def table(
 
     def scored(label: str, weights: Checkpoint, wall_s: float, **fields: Any) -> Iterator[Record]:
         network = poisoned.suite.backbone(weights)
-        for one in scores(poisoned, network, names, method=label, seed=seed, **fields):
+        for one in scores(poisoned, network, names, method=label, seed=run.seed, **fields):
             yield dataclasses.replace(one, wall_s=wall_s)
 
     for label, weights in controls(poisoned, merge):
@@ -99,7 +99,7 @@ def table(
     for number, row in enumerate(defences, start=1):
         progress(row.label, number, len(defences))
         started = time.perf_counter()
-        made = Memory(state_dict(defended(poisoned.suite, row, names, Run(seed))))
+        made = Memory(state_dict(defended(poisoned.suite, row, names, run)))
         wall_s = time.perf_counter() - started
         yield from scored(
             row.label, made, wall_s, notes=f"defence; {poisoned.attack.name}", parameters=row.parameters, protocol="inductive"
