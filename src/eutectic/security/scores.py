@@ -77,13 +77,16 @@ def defended(suite: Suite, row: Row, tasks: Sequence[str], run: Run) -> Checkpoi
     return fused(suite.base, suite.experts(), artefact)
 
 
+DEFAULT = Run()
+
+
 def table(
     poisoned: PoisonedSuite,
     merge: Row,
     defences: Sequence[Row],
     *,
     tasks: Sequence[str] | None = None,
-    run: Run = Run(),
+    run: Run = DEFAULT,
     progress: Progress = silent,
 ) -> Iterator[Record]:
     """The records of the controls, and of each defence of the poisoned merge; seconds are those of making the weights."""
