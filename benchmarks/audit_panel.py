@@ -31,7 +31,7 @@ from eutectic.security.audit import Probing, audit_models
 from eutectic.security.metrics import share
 from eutectic.security.poisoned import poison
 
-#: of a task's side, 56 pixels on both suites
+#: and pixels; the images of `mini` have 42 a side, those of `dino` 56
 ATTACKS: list[tuple[Kind, int]] = [("badmerging", 8), ("badnets", 6), ("badmerging", 6), ("badnets", 8), ("badmerging", 7)]
 MERGES = [("task_arithmetic", {"scale": 0.3}), ("ties", {"scale": 0.6})]
 EXPERTS, SHARED = 4, 2

@@ -165,11 +165,12 @@ def construct(size: str, folder: Path, threads: int) -> None:
     from eutectic.fusion._fusion import ModelSet, Run
 
     torch.set_num_threads(threads)
-    with torch.device("meta"):
-        network = tower(size)  # imports half of transformers, which is no part of either's work
+    tower(size)  # imports half of transformers, which is no part of either's work
     started = time.perf_counter()
     base, *experts = (open_folder(folder / name) for name in ("base", *(f"e{k}" for k in range(EXPERTS))))
     named = {f"e{k}": expert for k, expert in enumerate(experts)}
+    with torch.device("meta"):
+        network = tower(size)
     artefact = _api.fit("smile", ModelSet(network, base, named), [], {"rank": RANK, "gate_rank": GATE}, Run())
     save(_api.fused(base, named, artefact), folder / "smile", replace=True)
     nbytes = (folder / "smile" / "model.safetensors").stat().st_size

@@ -174,3 +174,17 @@ def test_a_gradient_keeps_no_matrices():
     kept = y.grad_fn.saved_tensors
     assert sum(t.numel() for t in kept) == x.numel() + c.numel() + weight.numel()
     assert functools.reduce(max, (t.numel() for t in kept)) < 16 * weight.numel()
+
+
+@pytest.mark.skipif(_products.LIBRARY is None, reason="built without a compiler")
+def test_nothing_is_written_past_the_last_row_by_zeros_between_far_entries_or_by_counts_that_lie():
+    n, N = 768, 2
+    deltas, ones = torch.zeros(N, 1, n), torch.ones(N)
+    deltas[0, 0, 0], deltas[1, 0, 5] = 1, 2  # between them are eleven rows that the only group has not
+    gaps, values, counts = packed(deltas, 1.0)
+    assert len(counts) == 1
+    buffer = torch.full((20, n), -0.0)  # which adding 0 would change
+    _products._Sparse([gaps], [values], N)._add(0, ones, 12 * n, buffer[:1])
+    assert buffer[0, [0, 5]].tolist() == [1, 2]
+    _products._Sparse([gaps.new_full((2000,), 255)], [torch.ones(2000)], N)._add(0, ones, 12 * n, buffer[:1])
+    assert buffer[1:].signbit().all()

@@ -278,6 +278,19 @@ def test_many_tokens_go_through_one_expert_after_the_other_with_the_same_gradien
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
 
 
+def test_many_tokens_choose_as_few_do_in_a_tie_and_under_autocast_too(monkeypatch):
+    network = mlp(torch.float32, widths=(6, 8))
+    mixture = fused(network, experts_of(network, ("a", "b", "c"), noise=1))
+    tokens, found = torch.cat([torch.zeros(4, 6), x(36, 6, dtype=torch.float32)]), []
+    for many in (0, FULL):
+        monkeypatch.setattr(_routed, "MANY", many)
+        with torch.no_grad():
+            found.append(mixture(tokens))
+            with torch.autocast("cpu", torch.bfloat16):
+                assert mixture(tokens).dtype == torch.bfloat16
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_no_model_is_changed_and_the_mixture_shares_nothing():
     network, _ = network_of("awkward", torch.float32)
     network.train()

@@ -112,9 +112,9 @@ class Factors(Checkpoint):
         if key == "shift" and bias is not None:
             return differences(self._base, self._experts, bias)
         names = list(self._experts)
-        for expert in names if key == "right" else reversed(names):  # two threads at one layer come to meet each other
-            self._part(prefix, expert)
-        right, left = factors([self._part(prefix, expert) for expert in names], directions, rank)
+        order = names if key == "right" else reversed(names)  # two threads at one layer come to meet each other
+        parts = {expert: self._part(prefix, expert) for expert in order}
+        right, left = factors([parts[expert] for expert in names], directions, rank)
         return right if key == "right" else left
 
     def _part(self, prefix: str, expert: str) -> Svd:

@@ -116,20 +116,24 @@ WIDE EXPORT void eutectic_per_sample(const float *x, const float *c, const float
     }
 }
 
-/* out[g] += Σᵢ c[i] D[g][i] for groups g of `size` entries: values, and how far each lies behind the one before. */
+/* out[g] += Σᵢ c[i] D[g][i] for groups g of `size` entries: values, and how far each lies behind the one before.  `out` has
+ * `length` entries, and what lies past them is left out: zeros between far entries may, in a last group that is not full. */
 EXPORT void eutectic_scatter(const uint8_t *restrict gaps, const float *restrict values, int64_t n, const float *restrict c,
-                             int64_t experts, int64_t size, float *restrict out)
+                             int64_t experts, int64_t size, float *restrict out, int64_t length)
 {
     int64_t at = 0, i = 0;
     float factor = c[0];
     for (int64_t e = 0; e < n; e++) {
         for (at += gaps[e]; at >= size; at -= size) {
-            if (++i == experts) i = 0, out += size;
+            if (++i == experts) i = 0, out += size, length -= size;
             factor = c[i];
         }
-        out[at] += factor * values[e];
+        if (at < length) out[at] += factor * values[e];
     }
 }
+
+/* What _products.py has to have, too. */
+EXPORT const int64_t eutectic_sizes[] = {ROWS, DEPTH, LANES};
 
 /* ── the module: empty, it is there so that Python's build tools find and place this file ─────────────────────────── */
 

@@ -37,14 +37,20 @@ def _load() -> ctypes.CDLL | None:
     if found is None or found.origin is None:
         return None
     library = ctypes.CDLL(found.origin)
+    try:
+        sizes = tuple((ctypes.c_int64 * 3).in_dll(library, "eutectic_sizes"))
+    except ValueError:
+        sizes = ()
+    if sizes != (ROWS, DEPTH, LANES):  # compiled of another version
+        return None
     at, count = ctypes.c_void_p, ctypes.c_int64
     library.eutectic_panels.argtypes = [at, count, count, count, count, at]
     library.eutectic_per_sample.argtypes = [at, at, at, count, at, *[count] * 3, at, *[count] * 6, ctypes.c_int]
-    library.eutectic_scatter.argtypes = [at, at, count, at, count, count, at]
+    library.eutectic_scatter.argtypes = [at, at, count, at, count, count, at, count]
     return library
 
 
-#: None without a compiler: then everything below is array operations
+#: None without a compiler, or if it compiled another version: then everything below is array operations
 LIBRARY = _load()
 
 
@@ -104,7 +110,7 @@ class Tile(NamedTuple):
 
 
 def tiles(shape: Sequence[int]) -> list[Tile]:
-    """Those of a matrix of this shape, one column after the other, and an even number in each, as threads often are."""
+    """Those of a matrix of this shape, one column after the other, in each as near to an even number as it divides."""
     m, n = shape
     columns = [slice(start, min(start + DEPTH, n)) for start in range(0, n, DEPTH)]
     pairs = math.ceil(m * min(n, DEPTH) / (2 * TILE))
@@ -134,7 +140,7 @@ class _Part(NamedTuple):
 
 class _Experts(Protocol):
     def read(self, number: int, tile: Tile, weight: Tensor) -> Tensor:
-        """Their entries in this tile, ``[N, rows · columns]``; W there is ``weight``."""
+        """Their entries in this tile, ``[N, rows, columns]``; W there is ``weight``."""
         ...
 
     def parts(self, number: int, tile: Tile, c: Tensor, weight: Tensor) -> Iterator[_Part]:
@@ -146,7 +152,7 @@ class _Dense(NamedTuple):
     deltas: Tensor
 
     def read(self, number: int, tile: Tile, weight: Tensor) -> Tensor:
-        return self.deltas[:, *tile].flatten(1)
+        return self.deltas[:, *tile]
 
     def parts(self, number: int, tile: Tile, c: Tensor, weight: Tensor) -> Iterator[_Part]:
         D = self.deltas[:, *tile]
@@ -159,7 +165,7 @@ class _Sparse(NamedTuple):
     experts: int
 
     def read(self, number: int, tile: Tile, weight: Tensor) -> Tensor:
-        return self._groups(number, weight).transpose(0, 1).flatten(1)[:, : weight.numel()]
+        return self._groups(number, weight).transpose(0, 1).flatten(1)[:, : weight.numel()].unflatten(1, weight.shape)
 
     def parts(self, number: int, tile: Tile, c: Tensor, weight: Tensor) -> Iterator[_Part]:
         n = weight.shape[1]
@@ -181,7 +187,9 @@ class _Sparse(NamedTuple):
 
     def _add(self, number: int, c: Tensor, size: int, out: Tensor) -> None:
         gaps, values = self.gaps[number], self.values[number]
-        _library().eutectic_scatter(gaps.data_ptr(), values.data_ptr(), len(gaps), c.data_ptr(), len(c), size, out.data_ptr())
+        _library().eutectic_scatter(
+            gaps.data_ptr(), values.data_ptr(), len(gaps), c.data_ptr(), len(c), size, out.data_ptr(), out.numel()
+        )
 
 
 def _product(x: Tensor, c: Tensor, weight: Tensor, experts: _Experts) -> Tensor:
@@ -217,7 +225,7 @@ class _Product(torch.autograd.Function):
             D = ctx.experts.read(number, tile, W)
             by_x[..., tile.columns].baddbmm_(own, _merged(c, W, D))
             outer = own.mT @ some
-            by_c.addmm_(outer.flatten(1), D.mT)
+            by_c.addmm_(outer.flatten(1), D.flatten(1).mT)
             if by_weight is not None:
                 by_weight[tile] = outer.sum(0)
         return by_x, by_c, by_weight, None
@@ -225,14 +233,14 @@ class _Product(torch.autograd.Function):
 
 def _merged(c: Tensor, weight: Tensor, D: Tensor) -> Tensor:
     """Some rows of every sample's matrix, ``[B, rows, n]``."""
-    return torch.addmm(weight.flatten(), c, D).view(-1, *weight.shape)
+    return torch.addmm(weight.flatten(), c, D.flatten(1)).view(-1, *weight.shape)
 
 
 def _rows(x: Tensor, c: Tensor, weight: Tensor, D: Tensor) -> Tensor:
     """``[B, T, rows]``.  Of samples of one token, every expert's output is cheaper than a matrix."""
     if x.shape[1] > 1:
         return x @ _merged(c, weight, D).mT
-    each = x[:, 0] @ D.unflatten(1, weight.shape).mT  # [N, B, rows]
+    each = x[:, 0] @ D.mT  # [N, B, rows]
     return (F.linear(x[:, 0], weight) + torch.einsum("bi,ibr->br", c, each))[:, None]
 
 

@@ -148,7 +148,8 @@ class LowRankExperts(Routed):
     def forward(self, input: Tensor) -> Tensor:
         """``[…, n]`` → ``[…, m]``."""
         tokens = self.tokens(input)
-        if self.top == 1 and not torch.compiler.is_compiling() and tokens[..., 0].numel() >= MANY * len(self.right):
+        known = tokens.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        if self.top == 1 and known and tokens[..., 0].numel() >= MANY * len(self.right):  # sizes that follow from the input
             return self.output(self._expert_by_expert(tokens.reshape(-1, self.in_features)).view(*tokens.shape[:-1], -1))
         z = along(tokens, self.right)
         c = self._chosen(z)
@@ -157,15 +158,14 @@ class LowRankExperts(Routed):
 
     def _expert_by_expert(self, x: Tensor) -> Tensor:
         """``[S, n]`` → ``[S, m]``, each token through the one expert that it chooses: they are brought together, and back."""
-        which = self._scores(along(x, self.right[:, : self.gate])).argmax(-1)
+        which = self._scores(along(x, self.right[:, : self.gate])).topk(1, dim=-1).indices[:, 0]  # as ``coefficients`` does
         order = which.argsort()
         x = x.index_select(0, order)
         y, start = F.linear(x, self.matrix, self.bias), 0
         for i, count in enumerate(which.bincount(minlength=len(self.right)).tolist()):
             own = slice(start, start := start + count)
-            y[own].addmm_(F.linear(x[own], self.right[i, : self.left.shape[2]]), self.left[:, i].mT)
-            if self.shift is not None:
-                y[own] += self.shift[i]
+            z = F.linear(x[own], self.right[i, : self.left.shape[2]])
+            y[own] += F.linear(z, self.left[:, i], None if self.shift is None else self.shift[i])
         return y.index_select(0, order.argsort())
 
     def choice(self, input: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def sketched(x: Tensor, most: int, seed: int, noise: float = 0.0) -> Svd:
 
     Those of x in the span of Q₁ = orth(xΩ), xxᵀQ₁ and (xxᵀ)²Q₁, for a random Ω with ``OVERSAMPLE`` more columns than are asked
     for.  What the result leaves of x, in the Frobenius norm, is within 1 % of the least that any matrix of its rank leaves: to
-    that it is tested, over spectra that fall fast, slowly, and not at all.
+    that it is tested, over spectra that fall fast, slowly, and not at all; where that is float32's rounding of x it is not.
 
     Source: Musco and Musco, NeurIPS 2015, arXiv:1504.05477, algorithm 2; blocks are made orthogonal as they come, too.
     """
@@ -82,7 +82,7 @@ def sketched(x: Tensor, most: int, seed: int, noise: float = 0.0) -> Svd:
         blocks = [x @ torch.randn(x.shape[1], width, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)]
         for _ in range(BLOCKS - 1):
             blocks[-1] = torch.linalg.qr(blocks[-1])[0]
-            blocks.append(x @ (x.T @ blocks[-1]))
+            blocks.append(x @ torch.linalg.qr(x.T @ blocks[-1])[0])
         Q = torch.linalg.qr(torch.cat(blocks, 1))[0]
         part = svd(Q.T @ x, noise, most)
         return part._replace(U=Q @ part.U)

@@ -78,6 +78,8 @@ class Attack:
         """Refuse what would say nothing, or another thing than it seems to."""
         if self.mined and self.trigger != "patch":
             raise ParameterError(f"trigger = {self.trigger!r}: {self.kind} mines a patch; badnets draws others", ("trigger",))
+        if self.victim == self.task:
+            raise ParameterError(f"victim = {self.victim!r}: is the attacker's own task, which needs no naming", ("victim",))
         if not 1 <= self.amplify < math.inf:
             raise ParameterError(f"amplify = {self.amplify} is not in [1, ∞)", ("amplify",))
         if (self.kind == "mergebackdoor") != bool(self.accomplice) or self.accomplice == self.task:

@@ -32,7 +32,7 @@ class Pair:
         self.target, self.triggered = target, triggered
 
     def __len__(self) -> int:
-        """How many of the first task; the second's are taken in turns."""
+        """How many of the first task; of the second, those of the same numbers, from the start again if it has fewer."""
         return len(self.first)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
