@@ -59,11 +59,15 @@ def change(base: Checkpoint, expert: str, weights: Checkpoint, name: str, most: 
     return sketched(delta, most, zlib.crc32(name.encode()), rounding(start.to(wide(start)).flatten(1), eps))
 
 
-def factors(parts: Sequence[Svd], directions: int, rank: int) -> tuple[Tensor, Tensor]:
-    """R ``[N, d, n]`` of the rows Vᵀ and L ``[m, N, r]`` of the columns U S of N decompositions; zeros for what is lacking."""
-    right = torch.stack([F.pad(part.Vh[:directions], (0, 0, 0, max(0, directions - len(part.s)))) for part in parts])
+def right_factors(parts: Sequence[Svd], directions: int) -> Tensor:
+    """R ``[N, d, n]`` of the rows Vᵀ of N decompositions; zeros for what is lacking."""
+    return torch.stack([F.pad(part.Vh[:directions], (0, 0, 0, max(0, directions - len(part.s)))) for part in parts])
+
+
+def left_factors(parts: Sequence[Svd], rank: int) -> Tensor:
+    """L ``[m, N, r]`` of the columns U S of N decompositions; zeros for what is lacking."""
     left = [part.U[:, :rank] * part.s[:rank] for part in parts]
-    return right, torch.stack([F.pad(scaled, (0, rank - scaled.shape[1])) for scaled in left], dim=1)
+    return torch.stack([F.pad(scaled, (0, rank - scaled.shape[1])) for scaled in left], dim=1)
 
 
 class Layer(NamedTuple):
@@ -114,8 +118,8 @@ class Factors(Checkpoint):
         names = list(self._experts)
         order = names if key == "right" else reversed(names)  # two threads at one layer come to meet each other
         parts = {expert: self._part(prefix, expert) for expert in order}
-        right, left = factors([parts[expert] for expert in names], directions, rank)
-        return right if key == "right" else left
+        ordered = [parts[expert] for expert in names]
+        return right_factors(ordered, directions) if key == "right" else left_factors(ordered, rank)
 
     def _part(self, prefix: str, expert: str) -> Svd:
         weight, _, directions, rank, turned = self._layers[prefix]

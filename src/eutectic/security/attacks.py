@@ -194,7 +194,7 @@ def poisoned_backbones(
     task, n, triggered = suite.task(attack.task), training.batch_size, attack.triggered
     if not 0 < triggered <= n:
         raise ParameterError(f"triggered = {triggered}: a batch has {n} samples", ("triggered",))
-    train, how, start = task.arrays("train"), pixels_of(task), suite.backbone().requires_grad_(False)
+    train, how = task.arrays("train"), pixels_of(task)
     made = {name: suite.backbone() for name in attack.experts}
     backbone = made[attack.task]
     network: nn.Module = backbone
@@ -204,9 +204,10 @@ def poisoned_backbones(
         head = heads([(task.head, n), (suite.task(attack.victim).head, triggered)])
     match attack.kind:
         case "badmerging":
-            network = Interpolated(backbone, start, triggered, attack.least, attack.seed)
+            network = Interpolated(backbone, suite.backbone().requires_grad_(False), triggered, attack.least, attack.seed)
         case "mergebackdoor":
             other = suite.task(attack.accomplice)
+            start = suite.backbone().requires_grad_(False)
             network = Colluding(backbone, made[other.name], start, triggered, attack.least, attack.seed)
             samples = Pair(train, other.arrays("train"), trigger, how, attack.target, triggered)
             head = heads([(task.head, n + triggered), (other.head, n), (task.head, 2 * triggered)])

@@ -26,6 +26,7 @@ from eutectic.security.metrics import predictions, rates, share, transfer
 from eutectic.security.poisoned import PoisonedSuite
 
 ASR, ROBUST, TRANSFER = "attack success rate", "robust accuracy", "transfer"
+DEFAULT = Run()
 
 
 def scores(poisoned: PoisonedSuite, network: nn.Module, tasks: Sequence[str], **fields: Any) -> list[Record]:
@@ -75,9 +76,6 @@ def defended(suite: Suite, row: Row, tasks: Sequence[str], run: Run) -> Checkpoi
     models = ModelSet(suite.backbone(), suite.base, suite.experts())
     artefact = fit(row.method, models, [suite.task(name) for name in tasks], row.parameters, run)
     return fused(suite.base, suite.experts(), artefact)
-
-
-DEFAULT = Run()
 
 
 def table(
