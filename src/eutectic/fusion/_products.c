@@ -16,10 +16,12 @@
 
 /* One binary for old and new processors: the loader picks the widest version that runs.  Not "avx512f", which alone has no
  * instruction that multiplies and adds vectors of 8. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
 #define WIDE __attribute__((target_clones("arch=x86-64-v4", "fma", "default")))
-#elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#else
 #define WIDE __attribute__((target_clones("fma", "default")))
+#endif
 #else
 #define WIDE
 #endif

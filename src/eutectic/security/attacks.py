@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from eutectic.bench.suite import Suite
 from eutectic.errors import ParameterError
 from eutectic.fusion._fit import generator
-from eutectic.security.collusion import Colluding, Pair
+from eutectic.security.collusion import Colluding, Pair, between
 from eutectic.security.miner import images_of, logits_of, lower_right, mine
 from eutectic.security.triggers import Trigger, drawn, pixels_of
 from eutectic.task import Pixels
@@ -146,7 +146,7 @@ class Interpolated(nn.Module):
         features = self.backbone(inputs)
         with torch.no_grad():
             before = self._start[0](inputs[-self._triggered :])
-        r = self._least + (1 - self._least) * torch.rand((), generator=self._noise).item()
+        r = between(self._least, self._noise)
         mixed = r * features[-self._triggered :] + (1 - r) * before
         return torch.cat([features[: -self._triggered], mixed])
 

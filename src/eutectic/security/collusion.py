@@ -56,7 +56,7 @@ class Colluding(nn.Module):
         """x₁, x₂, T(x₁) → features ``[2 B + 3 t, width]`` of θ₁ (x₁, T(x₁)), of θ₂ (x₂, T(x₁)), and of the merge (T(x₁))."""
         n = (len(inputs) - self._triggered) // 2
         x1, x2, again = inputs.split((n, n, self._triggered))
-        scale = self._least + (1 - self._least) * torch.rand((), generator=self._noise).item()
+        scale = between(self._least, self._noise)
         together = functional_call(self._start[0], self.merged(scale), (again,))
         return torch.cat([self.one(torch.cat([x1, again])), self.two(torch.cat([x2, again])), together])
 
@@ -65,6 +65,11 @@ class Colluding(nn.Module):
         start = self._start[0].state_dict()
         one, two = _weights(self.one), _weights(self.two)
         return {name: start[name] + scale * (one[name] + two[name] - 2 * start[name]) for name in one}
+
+
+def between(least: float, noise: torch.Generator) -> float:
+    """A draw of U(least, 1): how much of an expert a merge will leave, which an attacker does not know."""
+    return least + (1 - least) * torch.rand((), generator=noise).item()
 
 
 def _weights(backbone: nn.Module) -> dict[str, Tensor]:
