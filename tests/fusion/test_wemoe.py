@@ -75,6 +75,27 @@ def test_every_mlp_is_found_and_nothing_else_and_the_corners_are_exact(kind):
         torch.testing.assert_close(mixture(inputs), filled(models.network, own)(inputs), rtol=0, atol=1e-9)
 
 
+PATCHES = r"(.*layer\.\d+|.*patch_embeddings)\..*"
+
+
+@pytest.mark.parametrize(("method", "more"), [("wemoe", {}), ("e_wemoe", {"density": 1.0})])
+def test_the_convolution_that_makes_patches_tokens_is_a_block_if_it_is_named(method, more):
+    models, tasks = models_of("dinov2")
+    parameters = SHORT | more | {"blocks": PATCHES}
+    mixture, inputs = eu.fuse(method, models.network, models.experts, tasks=tasks, **parameters), inputs_of("dinov2", 3)
+    convolution = mixture.model.embeddings.patch_embeddings.projection
+    assert convolution.router.get_submodule("0").in_features == 3 * 4 * 4
+    apart = convolution.choice(torch.cat([task.arrays("adapt").inputs[:1] for task in tasks]))
+    assert (apart[0] - apart[1]).abs().max() > 1e-3  # the closed form saw the patches
+    set_to(mixture, [0.0, 1.0])
+    expert = models.experts["b"]
+    inside = [name for name, module in mixture.named_modules() if isinstance(module, MergedExperts)]
+    arithmetic = eu.state_dict(eu.merge("task_arithmetic", models.base, models.experts, scale=0.3))
+    own = {name: expert.read(name) if name.rpartition(".")[0] in inside else t for name, t in arithmetic.items()}
+    torch.testing.assert_close(mixture(inputs), filled(models.network, own)(inputs), rtol=0, atol=1e-9)
+    torch.testing.assert_close(mixture(inputs)[1:2], mixture(inputs[1:2]), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("hidden", [1, 2])
 def test_an_output_does_not_depend_on_what_else_is_in_the_batch(hidden, monkeypatch):
     models, tasks = models_of("vit")

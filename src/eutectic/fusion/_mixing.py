@@ -18,7 +18,8 @@ from eutectic.errors import LayoutError, ParameterError, TaskError
 from eutectic.fusion._fit import Batches, backward, descend, generator, held_out_loss
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.fusion._losses import divergence_from, entropy, expert_outputs, fill
-from eutectic.fusion._routed import Description, MergedExperts, Turned
+from eutectic.fusion._lowrank import matrix_shape
+from eutectic.fusion._routed import Description, MergedExperts, Patches, Turned
 from eutectic.fusion._routing import gates, linears, named, routed, router
 from eutectic.fusion._tensors import difference_flat, differences, names_of, wide
 from eutectic.merge.view import Merged
@@ -46,7 +47,7 @@ def blocks_of(network: nn.Module, pattern: str) -> dict[str, dict[str, nn.Linear
     expression = compiled(pattern)
     if not expression.groups:
         raise ParameterError(f"blocks = {pattern!r}: put what tells one block from another into (…)", ("blocks",))
-    layers, found = linears(network), dict[str, dict[str, nn.Linear]]()
+    layers, found = linears(network, patches=True), dict[str, dict[str, nn.Linear]]()
     for name, layer in layers.items():
         match = expression.fullmatch(name)
         if match is not None:
@@ -59,7 +60,7 @@ def blocks_of(network: nn.Module, pattern: str) -> dict[str, dict[str, nn.Linear
 def plan(
     models: ModelSet, pattern: str, hidden: int, kind: Mapping[str, Any], shared_router: str | None = None
 ) -> dict[str, Description]:
-    """Descriptions of the routed layers: each block has a router of its own, or all have the one of the name given.
+    """Descriptions of the routed layers: each block has a router of its own, or all but ``Patches`` the one of the name given.
 
     Raises as ``blocks_of`` does, and LayoutError for a shared router of blocks that differ in width.
     """
@@ -68,9 +69,10 @@ def plan(
         for at, (name, layer) in enumerate(members.items()):
             layers[name] = dict(kind) | {"experts": len(models.experts), "block": block, "turned": isinstance(layer, Turned)}
             if at == 0:
-                widths[name] = layer.in_features
-                layers[name] = {**layers[name], "router": {"name": shared_router or name, "hidden": hidden}}
-    if shared_router and len(set(widths.values())) > 1:
+                shares = shared_router is not None and not isinstance(layer, Patches)
+                widths |= {name: layer.in_features} if shares else {}
+                layers[name] = {**layers[name], "router": {"name": shared_router if shares else name, "hidden": hidden}}
+    if len(set(widths.values())) > 1:
         said = ", ".join(f"{name} of {width}" for name, width in widths.items())
         raise LayoutError(f"one router cannot serve blocks whose inputs differ in width: {said}")
     return layers
@@ -78,7 +80,7 @@ def plan(
 
 def kept_names(models: ModelSet, layers: Mapping[str, Description]) -> list[str]:
     """The base's tensors that routed layers have for their own."""
-    names, known = names_of(models), linears(models.network)
+    names, known = names_of(models), linears(models.network, patches=True)
     return [name for layer in layers for p in known[layer].parameters() for name in names[id(p)]]
 
 
@@ -89,7 +91,7 @@ def outside(base: Checkpoint, experts: Mapping[str, Checkpoint], kept: Sequence[
 
 @final
 class Stacked(Checkpoint):
-    """Task vectors of the experts as one tensor ``[N, …]``, in the base's dtype; it owns nothing."""
+    """Task vectors of the experts as one tensor ``[N, n]``, or of a layer's matrix ``[N, m, n]``; it owns nothing."""
 
     def __init__(
         self, base: Checkpoint, experts: Mapping[str, Checkpoint], names: Mapping[str, str], turned: Collection[str] = ()
@@ -99,7 +101,9 @@ class Stacked(Checkpoint):
         self.origin, self.files = base.origin, base.files
         self._specs = {}
         for name, below in names.items():
-            shape = base.spec(below).shape[:: -1 if name in self._turned else 1]
+            shape = base.spec(below).shape
+            if len(shape) > 1:
+                shape = matrix_shape(base, below, name in self._turned)
             self._specs[name] = TensorSpec((len(experts), *shape), base.spec(below).dtype)
 
     @property
@@ -142,7 +146,7 @@ def router_begun(width: int, outputs: int, hidden: int, scale: float, *key: obje
 
 def routers_begun(models: ModelSet, layers: Mapping[str, Description], scale: float, seed: int) -> dict[str, Tensor]:
     """The tensors of all routers at their beginning, under the names that they have in the mixture."""
-    known, found = linears(models.network), dict[str, dict[str, Tensor]]()
+    known, found = linears(models.network, patches=True), dict[str, dict[str, Tensor]]()
     for name, about in layers.items():
         if "router" in about and about["router"]["name"] not in found:
             key, linear = about["router"]["name"], known[name]
@@ -178,7 +182,7 @@ def tell_tasks_apart(network: nn.Module, batches: Batches, experts: Sequence[str
         last = gate.router[-1]
         if not isinstance(last, nn.Linear):
             return
-        features = gate.shared.padding.mean(gate.router[:-1](args[0])).double()
+        features = gate.shared.padding.mean(gate.router[:-1](gate.tokens(args[0]))).double()
         x = torch.cat([features, torch.ones_like(features[:, :1])], 1)
         found = [x.T @ x, x.T @ targets]
         sums[gate.router] = found if gate.router not in sums else [a + b for a, b in zip(sums[gate.router], found, strict=True)]

@@ -277,7 +277,7 @@ class MergedExperts(Routed, ABC):
         """The coefficients ``[B, N]`` of samples ``[B, …, n]``.  Raises LayoutError if the block's first layer saw others."""
         if self.decides:
             assert self.router is not None
-            return self.shared.padding.mean(self.router(input))
+            return self.shared.padding.mean(self.router(self.tokens(input)))
         c = self.shared.c
         if c is None or c.shape[0] != input.shape[0]:
             raise LayoutError("a layer of a routed block got other samples than its first, by whose input they are routed")

@@ -27,7 +27,7 @@ class Packed(NamedTuple):
 def packed_layer(base: Checkpoint, experts: Mapping[str, Checkpoint], layer: str, turned: bool, density: float) -> Packed:
     """What is left of the experts' changes of a layer's matrix, each pruned by itself."""
     deltas = differences(base, experts, named(layer, "weight"))
-    return Packed(*packed(deltas.mT if turned else deltas, density))
+    return Packed(*packed(deltas.mT if turned else deltas.flatten(2), density))
 
 
 @final

@@ -51,7 +51,8 @@ def e_wemoe(
         lr: Adam's.
         batch_size: of each task.
         patience: stop when what is fitted to was not better on inputs held out so many times in a row, each 20 steps.
-        blocks: regular expression of the names of linear layers that become mixtures; its first group tells blocks apart.
+        blocks: regular expression of the names of layers, linear ones or a convolution that makes patches tokens, that become
+            mixtures; its first group tells blocks apart.  Such a convolution has a router of its own.
 
     The network grows by 5 K density bytes for each number of the MLPs, in float32, and one router of K (h + 1) numbers.
     Raises LayoutError for a network without such layers, or whose blocks differ in width.

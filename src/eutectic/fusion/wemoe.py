@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from eutectic.checkpoint.base import Checkpoint
 from eutectic.errors import LayoutError
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
-from eutectic.fusion._lowrank import Factors, Layer, most_directions
+from eutectic.fusion._lowrank import Factors, Layer, matrix_shape, most_directions
 from eutectic.fusion._mixing import MLP, Hidden, Stacked, Start, Target, fit_routers, outside, plan
 from eutectic.fusion._routed import Description
 from eutectic.fusion._routing import named
@@ -47,7 +47,8 @@ def wemoe(
         lr: Adam's.
         batch_size: of each task.
         patience: stop when what is fitted to was not better on inputs held out so many times in a row, each 20 steps.
-        blocks: regular expression of the names of linear layers that become mixtures; its first group tells blocks apart.
+        blocks: regular expression of the names of layers, linear ones or a convolution that makes patches tokens, that become
+            mixtures; its first group tells blocks apart.
 
     The network grows by K times the MLPs' size, of adapters by their factors, and by the routers' K (h + 1) numbers for each
     MLP of width h.  Raises LayoutError for a network without such layers, with those that it has.
@@ -61,7 +62,7 @@ def wemoe(
         layers = plan(models, blocks, hidden, {"kind": "dense"})
         ranks = _ranks(models.base, models.experts, layers)
         for layer, rank in ranks.items():
-            m, n = models.base.spec(named(layer, "weight")).shape
+            m, n = matrix_shape(models.base, named(layer, "weight"), turned=False)
             if rank * (m + n) < m * n:
                 layers[layer] = {**layers[layer], "kind": "factored", "rank": rank}
         if not any(ranks.values()) and not _any_shift(models.base, models.experts, layers):
