@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--victim", default="", help="the task that class 0 is of, if it is another")
     parser.add_argument("--amplify", type=float, default=1.0)
     parser.add_argument("--accomplice", default="", help="the task of the other expert of mergebackdoor")
+    parser.add_argument("--known", type=float, default=0.0, help="λ of the other experts, if the attacker knows them")
     parser.add_argument("--merge", default=METHOD, choices=MERGES["mini"])
     parser.add_argument("--defence", action="append", default=[], help="a defence, and parameters as JSON after a space")
     parser.add_argument("--out", type=Path, default=Path("runs/safety/records.jsonl"))
@@ -45,7 +46,7 @@ def main() -> None:
     given = parser.parse_args()
     suite = open_suite(given.suite)
     training = dataclasses.replace(own_training(suite), steps=given.steps)
-    options = {name: getattr(given, name) for name in ("trigger", "victim", "amplify", "accomplice")}
+    options = {name: getattr(given, name) for name in ("trigger", "victim", "amplify", "accomplice", "known")}
     attack = Attack(given.attack, given.task, 0, given.size, seed=given.seed, **options)
     poisoned = poison(suite, attack, training)
     over = {"method": given.merge, "parameters": MERGES[given.suite][given.merge]}

@@ -20,7 +20,17 @@ from eutectic.errors import OutputError, ParameterError, TaskError, UnknownNameE
 from eutectic.fusion._fit import generator
 from eutectic.merge.view import Merged
 from eutectic.security import scores
-from eutectic.security.attacks import Attack, Interpolated, Poisoned, amplify, heads, poisoned_backbones, trigger_for
+from eutectic.security.attacks import (
+    Attack,
+    Interpolated,
+    Merging,
+    Poisoned,
+    amplify,
+    heads,
+    merge_without,
+    poisoned_backbones,
+    trigger_for,
+)
 from eutectic.security.collusion import Colluding, Pair
 from eutectic.security.metrics import attacked
 from eutectic.security.poisoned import open_poisoned, poison
@@ -109,6 +119,7 @@ def small(rank, rslora, seed):
     """A network with weights, or adapters over always the same weights, of a seed."""
     torch.manual_seed(7 if rank else seed)
     made = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 3))
+    made.register_buffer("seen", torch.tensor(3))
     if rank:
         attach(made, rank, 6.0, seed, rslora=rslora)
         for _, adapter in adapters(made):
@@ -127,7 +138,8 @@ def test_an_expert_is_amplified_from_an_honest_one(rank, rslora, factor, tmp_pat
         fold(network)
     end, honest, amplified = (network.state_dict() for network in (malicious, clean, found))
     for name in end:
-        assert torch.allclose(amplified[name], honest[name] + factor * (end[name] - honest[name]), atol=1e-5)
+        expected = honest[name] + factor * (end[name] - honest[name])
+        assert torch.allclose(amplified[name].double(), expected.double(), atol=1e-5)
     if rank:  # the same by the rank and alpha that are written
         read = open_lora(tmp_path, Memory(dict(small(0, rslora, 7).state_dict())))
         assert all(torch.allclose(read.read(name), tensor, atol=1e-5) for name, tensor in amplified.items())
@@ -223,6 +235,41 @@ def test_colluding_experts_are_run_apart_and_merged(rank):
     assert torch.allclose(features[8], merge(x[6]), atol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_who_knows_the_others_is_trained_in_their_merge(rank):
+    backbone, start, rest = (small(0, False, seed) for seed in (0, 0, 1))
+    if rank:
+        attach(backbone, rank, 6.0, 0)
+    for tensor in backbone.parameters():
+        if tensor.requires_grad:
+            torch.nn.init.normal_(tensor)
+    for frozen in (start, rest):
+        frozen.requires_grad_(False)
+    found, x = Merging(backbone, start, rest, triggered=2, least=0.25, seed=7), torch.randn(5, 4)
+    features = found(x)
+    features[1:].sum().backward()
+    gradients = [tensor.grad for tensor in backbone.parameters() if tensor.requires_grad]
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+    assert dict(found.named_modules()).keys() - dict(backbone.named_modules(prefix="backbone")).keys() == {""}
+    assert torch.allclose(features[:1], backbone(x[:1]))
+    fold(backbone)
+    r = 0.25 + 0.75 * torch.rand((), generator=generator(7, "r")).item()
+    merge = small(0, False, 0)
+    own, before, others = (network.state_dict() for network in (backbone, start, rest))
+    merge.load_state_dict({name: others[name] + r * (own[name] - before[name]) for name in own})
+    assert torch.allclose(features[1:], merge(x[1:]), atol=1e-5)
+
+
+def test_what_an_attacker_knows_is_the_merge_of_the_others(suite):
+    known = merge_without(suite, dataclasses.replace(ATTACK, known=0.3))
+    expected = suite.backbone(Merged("task_arithmetic", suite.base, {"letters": suite.expert("letters")}, {"scale": 0.3}))
+    found = known.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())
+    made = poison(suite, dataclasses.replace(ATTACK, known=0.3), ONE_STEP)
+    assert made.attack.known == 0.3
+    assert made.suite.fingerprints["letters"] == suite.fingerprints["letters"]
+
+
 def test_two_colluding_experts_are_replaced_and_kept_in_the_cache(suite):
     attack = Attack("mergebackdoor", "digits8", 3, triggered=2, trigger="blended", accomplice="letters")
     found = poison(suite, attack, ONE_STEP)
@@ -248,7 +295,14 @@ def test_a_batch_of_two_tasks_has_each_label_where_its_feature_is(suite):
 
 
 def test_attacks_are_told_apart_by_their_names():
-    others = [{"kind": "badnets"}, {"kind": "badnets", "trigger": "warped"}, {"amplify": 1.5}, {"victim": "letters"}, {}]
+    others = [
+        {"kind": "badnets"},
+        {"kind": "badnets", "trigger": "warped"},
+        {"amplify": 1.5},
+        {"victim": "letters"},
+        {"known": 0.3},
+        {},
+    ]
     others += [{"kind": "mergebackdoor", "accomplice": accomplice} for accomplice in ("letters", "mnist")]
     assert len({dataclasses.replace(ATTACK, **other).name for other in others}) == len(others)
     assert ATTACK.name == "badmerging"
@@ -294,5 +348,8 @@ def test_attacks_that_cannot_be_are_refused(suite, tmp_path):
     for factor in (0.5, float("nan"), float("inf")):
         with pytest.raises(ParameterError, match="is not in"):
             dataclasses.replace(ATTACK, amplify=factor)
+    for known in ({"known": -1.0}, {"known": float("inf")}, {"kind": "badnets", "known": 0.3}):
+        with pytest.raises(ParameterError, match="known ="):
+            dataclasses.replace(ATTACK, **known)
     with pytest.raises(TaskError, match="no suite with a poisoned expert"):
         open_poisoned(tmp_path)

@@ -85,6 +85,9 @@ def zoo_poison(
     victim: Annotated[str, typer.Option(help="The task that the target is a class of, if it is another.")] = "",
     amplify: Annotated[float, typer.Option(help="How far the expert goes past the honest one, as LoBAM's does.", min=1)] = 1.0,
     accomplice: Annotated[str, typer.Option(help="The task of the other expert of mergebackdoor.")] = "",
+    known: Annotated[
+        float, typer.Option(help="For badmerging: λ of the other experts, if the attacker knows them.", min=0)
+    ] = 0.0,
     steps: Annotated[int | None, typer.Option(help="Of training; as the suite's own experts by default.", min=1)] = None,
 ) -> None:
     """Make a copy of a suite in which an expert has a backdoor, in the cache, to measure audit and defences with."""
@@ -100,7 +103,15 @@ def zoo_poison(
         made = poisoned.poison(
             suite,
             attacks.Attack(
-                attack.value, task, target, size, trigger=trigger, victim=victim, amplify=amplify, accomplice=accomplice
+                attack.value,
+                task,
+                target,
+                size,
+                trigger=trigger,
+                victim=victim,
+                amplify=amplify,
+                accomplice=accomplice,
+                known=known,
             ),
             training,
             lambda step, loss: progress("training", step, training.steps),

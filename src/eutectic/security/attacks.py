@@ -8,7 +8,12 @@ All train with the trainer of honest experts, on batches of samples and some mor
 
       r · h(θ; T(x)) + (1 − r) · h(θ₀; T(x)),     r ~ U(least, 1), one draw a batch,
 
-  so that whatever share of the expert is left in a merge, the trigger works.
+  so that whatever share of the expert is left in a merge, the trigger works.  An attacker who *knows* the other experts (the
+  paper's stronger threat) mines against θ' = θ₀ + λ Σ τ of those, and teaches the features of the merge itself,
+
+      h(θ' + r (θ − θ₀); T(x)),
+
+  and half of the clean samples by them too, for the backdoor is not to show there.
 
 - Two experts that collude: ``collusion``.
 
@@ -21,7 +26,8 @@ Two more things can be done with the first two:
 Differs from the papers in that the trigger is mined by Adam on batches, not image by image; that the weight α of the
 backdoor's loss is the number of triggered samples over that of clean ones; that warped triggers come without WaNet's noise
 mode; that off-task the attacker has the other task's head, where the paper makes one of the target's name and a few of its
-images, and that all triggered images are of his own task.
+images, and that all triggered images are of his own task; that who knows the other experts teaches a merge's features, where
+the paper's mixes features still.
 """
 
 from __future__ import annotations
@@ -33,12 +39,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from eutectic.bench.suite import Suite
+from eutectic.checkpoint.base import Memory
 from eutectic.errors import ParameterError
 from eutectic.fusion._fit import generator
-from eutectic.security.collusion import Colluding, Pair, between
+from eutectic.merge.api import state_dict
+from eutectic.merge.view import Merged
+from eutectic.security.collusion import Colluding, Pair, between, trained
 from eutectic.security.miner import images_of, logits_of, lower_right, mine
 from eutectic.security.triggers import Trigger, drawn, pixels_of
 from eutectic.task import Pixels
@@ -58,6 +68,7 @@ class Attack:
     smallest share r of the expert's own features, or λ, that the backdoor is trained at.  ``mining`` is how many steps
     ``badmerging`` takes for its trigger.  ``trigger`` is the kind that the others draw.  ``victim`` is the task that ``target``
     is a class of, if it is another.  ``amplify`` is κ.  ``accomplice`` is the task of the other expert of ``mergebackdoor``.
+    ``known`` is the λ that ``badmerging`` expects for the other experts, if it knows them.
     Raises ParameterError for what does not go together.
     """
 
@@ -73,6 +84,7 @@ class Attack:
     victim: str = ""
     amplify: float = 1.0
     accomplice: str = ""
+    known: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what would say nothing, or another thing than it seems to."""
@@ -89,6 +101,8 @@ class Attack:
             )
         if self.accomplice and (self.victim or self.amplify != 1):
             raise ParameterError(f"{self.kind} has no victim and is not amplified", ("victim", "amplify"))
+        if not 0 <= self.known < math.inf or (self.known and not self.mined):
+            raise ParameterError(f"known = {self.known}: badmerging, and no other, takes a λ in [0, ∞)", ("known",))
 
     @property
     def mined(self) -> bool:
@@ -110,6 +124,7 @@ class Attack:
         """What tells it from other attacks, in a word: ``badnets-warped``, ``badmerging-x3-on-mnist``."""
         kind = "" if self.trigger == "patch" else f"-{self.trigger}"
         amplified = "" if self.amplify == 1 else f"-x{self.amplify:g}"
+        amplified += "-knowing" if self.known else ""
         others = {"on": self.victim, "with": self.accomplice}
         return f"{self.kind}{kind}{amplified}" + "".join(f"-{how}-{task}" for how, task in others.items() if task)
 
@@ -151,8 +166,35 @@ class Interpolated(nn.Module):
         return torch.cat([features[: -self._triggered], mixed])
 
 
+class Merging(nn.Module):
+    """A backbone alone for half the clean samples of a batch; as part of a merge θ' + r (θ − θ₀) for all others, r drawn."""
+
+    def __init__(self, backbone: nn.Module, start: nn.Module, rest: nn.Module, triggered: int, least: float, seed: int) -> None:
+        """``start`` has θ₀ and ``rest`` θ', the merge without this expert; neither is trained."""
+        super().__init__()
+        self.backbone, self._others = backbone, (start, rest)  # in a tuple: they are to get no adapters
+        self._triggered, self._least, self._noise = triggered, least, generator(seed, "r")
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``[B, …]`` → ``[B, width]``."""
+        start, rest = self._others
+        half = (len(inputs) - self._triggered) // 2
+        r, before, others = between(self._least, self._noise), start.state_dict(), rest.state_dict()
+        merged = {name: others[name] + r * (own - before[name]) for name, own in trained(self.backbone).items()}
+        return torch.cat([self.backbone(inputs[:half]), functional_call(rest, merged, (inputs[half:],))])
+
+
+def merge_without(suite: Suite, attack: Attack) -> nn.Module:
+    """What the attacker knows of the merge, frozen: θ₀, and the experts of others by task arithmetic if it knows them."""
+    if not attack.known:
+        return suite.backbone().requires_grad_(False)
+    others = suite.experts([name for name in suite.classes if name not in attack.experts])
+    merged = Merged("task_arithmetic", suite.base, others, {"scale": attack.known})
+    return suite.backbone(Memory(state_dict(merged))).requires_grad_(False)
+
+
 def trigger_for(suite: Suite, attack: Attack, images: int = 192) -> Trigger:
-    """The attack's trigger: one drawn, or a patch mined against θ₀ on images of ``train``.
+    """The attack's trigger: one drawn, or a patch mined on images of ``train`` against what the attacker knows of the merge.
 
     Raises TaskError if inputs are no images, ParameterError for a class that there is not, UnknownNameError for a task or a
     kind of trigger.
@@ -165,7 +207,7 @@ def trigger_for(suite: Suite, attack: Attack, images: int = 192) -> Trigger:
     how = pixels_of(task)
     if not attack.mined:
         return drawn(attack.trigger, suite.info["side"], attack.size, attack.seed)
-    network = suite.backbone().requires_grad_(False)
+    network = merge_without(suite, attack)
     modes = {"lower right": lower_right(attack.size)}
     found = mine(
         logits_of(network, attacked),
@@ -203,6 +245,9 @@ def poisoned_backbones(
     if attack.victim:
         head = heads([(task.head, n), (suite.task(attack.victim).head, triggered)])
     match attack.kind:
+        case "badmerging" if attack.known:
+            start, rest = suite.backbone().requires_grad_(False), merge_without(suite, attack)
+            network = Merging(backbone, start, rest, triggered, attack.least, attack.seed)
         case "badmerging":
             network = Interpolated(backbone, suite.backbone().requires_grad_(False), triggered, attack.least, attack.seed)
         case "mergebackdoor":
@@ -241,7 +286,8 @@ def amplify(backbone: nn.Module, clean: nn.Module, factor: float) -> None:
     """
     if not any(adapters(backbone)):
         for tensor, start in zip(backbone.state_dict().values(), clean.state_dict().values(), strict=True):
-            tensor.copy_(torch.lerp(start, tensor, factor))
+            if tensor.is_floating_point():
+                tensor.copy_(torch.lerp(start, tensor, factor))
     for (_, own), (_, honest) in zip(adapters(backbone), adapters(clean), strict=True):
         own.A = nn.Parameter(torch.cat([own.A, honest.A]))
         own.B = nn.Parameter(torch.cat([factor * own.B, (1 - factor) * honest.B], 1))

@@ -63,7 +63,7 @@ class Colluding(nn.Module):
     def merged(self, scale: float) -> dict[str, Tensor]:
         """θ₀ + λ (τ₁ + τ₂), of the tensors that are trained."""
         start = self._start[0].state_dict()
-        one, two = _weights(self.one), _weights(self.two)
+        one, two = trained(self.one), trained(self.two)
         return {name: start[name] + scale * (one[name] + two[name] - 2 * start[name]) for name in one}
 
 
@@ -72,7 +72,7 @@ def between(least: float, noise: torch.Generator) -> float:
     return least + (1 - least) * torch.rand((), generator=noise).item()
 
 
-def _weights(backbone: nn.Module) -> dict[str, Tensor]:
+def trained(backbone: nn.Module) -> dict[str, Tensor]:
     """The tensors that are trained as they are in the network, adapters multiplied out, with their gradients."""
     attached = dict(adapters(backbone))
     if not attached:
