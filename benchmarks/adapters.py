@@ -84,7 +84,7 @@ def peft(folders: list[Path], out: Path, args: argparse.Namespace) -> dict[str, 
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
         parent.add_module(name.rpartition(".")[2], nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16))
-    names = [folder.name for folder in folders]
+    names = [folder.name.replace(".", "_") for folder in folders]  # PEFT makes modules of them
     loaded = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
     for folder, name in zip(folders[1:], names[1:], strict=True):
         loaded.load_adapter(folder, name)
