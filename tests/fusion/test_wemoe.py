@@ -307,3 +307,44 @@ def test_the_suites_own_transformer_is_routed():
     assert blocks == {"encoder.layer.0", "encoder.layer.1"}
     assert sum(isinstance(module, MergedExperts) for module in mixture.modules()) == 4
     assert mixture(inputs_of("vit", 2)).shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected", "asked"),
+    [
+        ([3.0, 2.0, 2.5], 1.5, 3),
+        ([3.0, 3.0], 1.0, 2),
+        ([5.0, 4.0, 3.0, 2.0, 1.0], 3.0, 5),
+        ([float("nan")], 1.0, 1),
+        ([float("inf")], 1.0, 1),
+        ([3.0, float("nan")], 1.0, 2),
+    ],
+)
+def test_routers_begin_as_strong_as_what_they_are_fitted_to_wants(losses, expected, asked):
+    models, tasks = models_of("vit")
+    mixture = spread(fused(models, tasks, hidden=2))
+    before = [{name: p.clone() for name, p in router.named_parameters()} for router in routers(mixture)]
+    seen = []
+
+    def criterion():
+        seen.append(routers(mixture)[0][-1].bias.clone())
+        return losses[len(seen) - 1]
+
+    _mixing.strengthen(mixture, criterion)
+    assert len(seen) == asked
+    assert torch.equal(seen[-1], _mixing.STRENGTHS[asked - 1] * before[0]["2.bias"])
+    for router, plain in zip(routers(mixture), before, strict=True):
+        for name, parameter in router.named_parameters():
+            assert torch.equal(parameter, (expected if name.startswith("2.") else 1) * plain[name])
+
+
+def test_fitting_begins_no_worse_than_with_routers_that_tell_tasks_apart(monkeypatch):
+    models, tasks = models_of("vit")
+
+    def begun():
+        mixture = eu.fuse("e_wemoe", models.network, models.experts, tasks=tasks, density=0.05, **SHORT)
+        return mixture.artefact.about["history"][0][2]
+
+    found = begun()
+    monkeypatch.setattr(_mixing, "STRENGTHS", (1.0,))
+    assert found <= begun()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, final
@@ -15,7 +16,7 @@ from eutectic.checkpoint.base import Checkpoint, Memory
 from eutectic.checkpoint.spec import Layout, TensorSpec
 from eutectic.checkpoint.views import Overlay, Select
 from eutectic.errors import LayoutError, ParameterError, TaskError
-from eutectic.fusion._fit import Batches, backward, descend, generator, held_out_loss
+from eutectic.fusion._fit import Batches, backward, descend, generator, held_out_loss, mean_over_processes
 from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.fusion._losses import divergence_from, entropy, expert_outputs, fill
 from eutectic.fusion._lowrank import matrix_shape
@@ -30,6 +31,8 @@ Target = Literal["experts", "entropy"]
 Start = Literal["tasks", "scale"]
 #: inputs of each task that routers begin with, and the regression's ridge over the mean of its diagonal
 SHOWN, RIDGE = 256, 0.02
+#: what is tried for the coefficients that routers begin with
+STRENGTHS = (1.0, 1.5, 2.0, 2.5, 3.0)
 #: the linear layers of MLPs, as transformers and the suites call them
 MLP = r"(.*?)\.?(?:mlp\..*|DenseReluDense\..*|intermediate\.dense|(?<!attention\.)output\.dense)"
 
@@ -201,6 +204,26 @@ def tell_tasks_apart(network: nn.Module, batches: Batches, experts: Sequence[str
             hook.remove()
 
 
+@torch.no_grad()
+def strengthen(network: nn.Module, criterion: Callable[[], float]) -> None:
+    """Multiply what all routers give by one of ``STRENGTHS``: they are tried in turn until ``criterion`` is no longer less.
+
+    Pruned task vectors do less than whole ones, so c = 1 is too little for them.
+    """
+    lasts = [gate.router[-1] for gate in gates(network).values() if isinstance(gate.router, nn.Sequential)]
+    begun = {p: p.clone() for last in lasts if isinstance(last, nn.Linear) for p in last.parameters()}
+    found = list[float]()
+    for strength in STRENGTHS:
+        for parameter, plain in begun.items():
+            parameter.copy_(strength * plain)
+        found.append(float(mean_over_processes(torch.tensor(criterion(), dtype=torch.float64))))
+        if not found[-1] < min(found[:-1], default=math.inf):
+            break
+    best = STRENGTHS[min(range(len(found)), key=found.__getitem__)]
+    for parameter, plain in begun.items():
+        parameter.copy_(best * plain)
+
+
 def fit_routers(
     models: ModelSet,
     tasks: Sequence[Task],
@@ -229,6 +252,7 @@ def fit_routers(
     routers = {name: known[name].requires_grad_(True) for name in begun}
     if start == "tasks":
         tell_tasks_apart(network, batches, list(models.experts), run)
+        strengthen(network, lambda: held_out_loss(network, batches, loss, run))
     state = {name: p.detach().to(wide(p), copy=True) for name, p in routers.items()}
 
     def write() -> None:
