@@ -252,7 +252,8 @@ def fit_routers(
     routers = {name: known[name].requires_grad_(True) for name in begun}
     if start == "tasks":
         tell_tasks_apart(network, batches, list(models.experts), run)
-        strengthen(network, lambda: held_out_loss(network, batches, loss, run))
+        if target == "experts":  # certainty would always have more
+            strengthen(network, lambda: held_out_loss(network, batches, loss, run))
     state = {name: p.detach().to(wide(p), copy=True) for name, p in routers.items()}
 
     def write() -> None:

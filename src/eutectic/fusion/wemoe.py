@@ -41,8 +41,8 @@ def wemoe(
         hidden: layers of a router: 1 as above, 2 for W₂ ReLU(W₁ h + b₁) + b₂, as in the paper, 0 for b, which no input changes.
         target: what is fitted to: each task's expert's own outputs, or certainty, as in the paper.
         start: where routers begin: ``tasks`` at a closed form that tells the tasks' inputs apart, c near 1 for the own
-            expert and 0 for others, times the first of 1, 1.5, … 3 beyond which held-out inputs are fitted no better; ``scale``
-            at c = ``scale`` for all, as in the paper.
+            expert and 0 for others, times the first of 1, 1.5, … 3 beyond which the experts' outputs are fitted no better
+            (1 for ``entropy``); ``scale`` at c = ``scale`` for all, as in the paper.
         scale: λ of the task vectors outside of MLPs, and of c at the beginning if that is ``scale``.
         steps: of Adam, at most; one batch of every task each.
         lr: Adam's.
