@@ -338,13 +338,34 @@ def test_routers_begin_as_strong_as_what_they_are_fitted_to_wants(losses, expect
             assert torch.equal(parameter, (expected if name.startswith("2.") else 1) * plain[name])
 
 
-def test_fitting_begins_no_worse_than_with_routers_that_tell_tasks_apart(monkeypatch):
+@pytest.mark.parametrize(
+    ("target", "start", "asked"), [("experts", "tasks", 1), ("entropy", "tasks", 0), ("experts", "scale", 0)]
+)
+def test_only_the_experts_outputs_say_how_strong_routers_begin(target, start, asked, monkeypatch):
     models, tasks = models_of("vit")
+    seen = []
 
-    def begun():
-        mixture = eu.fuse("e_wemoe", models.network, models.experts, tasks=tasks, density=0.05, **SHORT)
-        return mixture.artefact.about["history"][0][2]
+    def set_to_seven(network, criterion):
+        seen.append(criterion())
+        for gate in gates(network).values():
+            gate.router[-1].bias.data.fill_(7.0)
 
-    found = begun()
-    monkeypatch.setattr(_mixing, "STRENGTHS", (1.0,))
-    assert found <= begun()
+    monkeypatch.setattr(_mixing, "strengthen", set_to_seven)
+    mixture = fused(models, tasks, target=target, start=start, steps=1, lr=1e-12)
+    assert len(seen) == asked
+    assert all(torch.isfinite(torch.tensor(seen)))
+    assert all(bool(((router[-1].bias - 7).abs() < 1e-6).all()) == bool(asked) for router in routers(mixture))
+
+
+def test_a_router_that_looks_at_nothing_is_not_strengthened():
+    models, tasks = models_of("vit")
+    _mixing.strengthen(fused(models, tasks, hidden=0), lambda: pytest.fail("there is nothing to choose"))
+
+
+def test_layers_without_entries_are_no_part_of_a_block():
+    network = nn.Module()
+    network.mlp = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    network.mlp[1].weight = nn.Parameter(torch.empty(0, 3))
+    network.other_mlp = nn.Conv2d(3, 8, 1)
+    assert [list(block) for block in _mixing.blocks_of(network, _mixing.MLP).values()] == [["mlp.0"]]
+    assert [list(block) for block in _mixing.blocks_of(network, r"(.*)", patches=True).values()] == [["mlp.0"], ["other_mlp"]]

@@ -19,7 +19,7 @@ from eutectic.checkpoint.publish import POISONED
 from eutectic.errors import OutputError, ParameterError, TaskError, UnknownNameError
 from eutectic.fusion._fit import generator
 from eutectic.merge.view import Merged
-from eutectic.security import scores
+from eutectic.security import attacks, miner, scores
 from eutectic.security.attacks import (
     Attack,
     Interpolated,
@@ -33,6 +33,7 @@ from eutectic.security.attacks import (
 )
 from eutectic.security.collusion import Colluding, Pair
 from eutectic.security.metrics import attacked
+from eutectic.security.miner import mine
 from eutectic.security.poisoned import open_poisoned, poison
 from eutectic.security.triggers import KINDS, drawn, patch, pixels_of
 from eutectic.tuning.lora import adapters, attach, fold, save_adapter
@@ -260,12 +261,30 @@ def test_who_knows_the_others_is_trained_in_their_merge(rank):
     assert torch.allclose(features[1:], merge(x[1:]), atol=1e-5)
 
 
-def test_what_an_attacker_knows_is_the_merge_of_the_others(suite):
+def test_what_an_attacker_knows_is_the_merge_of_the_others(suite, monkeypatch):
     known = merge_without(suite, dataclasses.replace(ATTACK, known=0.3))
     expected = suite.backbone(Merged("task_arithmetic", suite.base, {"letters": suite.expert("letters")}, {"scale": 0.3}))
     found = known.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())
+    seen = {}
+
+    def mined(forward, pixels, *rest, **options):
+        seen["mined"] = forward(pixels_of(suite.task("digits8")).inputs(pixels[:2]))
+        return mine(forward, pixels, *rest, **options)
+
+    class Taught(Merging):
+        def __init__(self, backbone, start, rest, *others):
+            seen["start"], seen["rest"] = start.state_dict(), rest.state_dict()
+            super().__init__(backbone, start, rest, *others)
+
+    monkeypatch.setattr(attacks, "mine", mined)
+    monkeypatch.setattr(attacks, "Merging", Taught)
     made = poison(suite, dataclasses.replace(ATTACK, known=0.3), ONE_STEP)
+    images = miner.images_of(suite.task("digits8"), "train", 192, ATTACK.seed)
+    logits = miner.logits_of(known, suite.task("digits8"))(pixels_of(suite.task("digits8")).inputs(images[:2]))
+    assert torch.allclose(seen["mined"], logits)
+    assert all(torch.equal(seen["rest"][name], tensor) for name, tensor in found.items())
+    assert all(torch.equal(seen["start"][name], suite.base.read(name)) for name in suite.base.specs)
     assert made.attack.known == 0.3
     assert made.suite.fingerprints["letters"] == suite.fingerprints["letters"]
 

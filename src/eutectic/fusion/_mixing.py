@@ -45,15 +45,18 @@ def compiled(blocks: str) -> re.Pattern[str]:
         raise ParameterError(f"blocks = {blocks!r}: no regular expression: {error}", ("blocks",)) from None
 
 
-def blocks_of(network: nn.Module, pattern: str) -> dict[str, dict[str, nn.Linear]]:
-    """The layers of each block by name.  Raises ParameterError for no such expression, LayoutError if none matches."""
+def blocks_of(network: nn.Module, pattern: str, patches: bool = False) -> dict[str, dict[str, nn.Linear]]:
+    """The layers of each block by name, empty ones left out; with ``patches`` as ``linears`` has them.
+
+    Raises ParameterError for no such expression, LayoutError if none matches.
+    """
     expression = compiled(pattern)
     if not expression.groups:
         raise ParameterError(f"blocks = {pattern!r}: put what tells one block from another into (…)", ("blocks",))
-    layers, found = linears(network, patches=True), dict[str, dict[str, nn.Linear]]()
+    layers, found = linears(network, patches), dict[str, dict[str, nn.Linear]]()
     for name, layer in layers.items():
         match = expression.fullmatch(name)
-        if match is not None:
+        if match is not None and layer.weight.numel():
             found.setdefault(match[1] or "", {})[name] = layer
     if not found:
         raise LayoutError(f"no linear layer is called like {pattern!r}; there are {', '.join(layers) or 'none at all'}")
@@ -68,12 +71,13 @@ def plan(
     Raises as ``blocks_of`` does, and LayoutError for a shared router of blocks that differ in width.
     """
     layers, widths = dict[str, Description](), dict[str, int]()
-    for block, members in blocks_of(models.network, pattern).items():
+    for block, members in blocks_of(models.network, pattern, patches=True).items():
         for at, (name, layer) in enumerate(members.items()):
             layers[name] = dict(kind) | {"experts": len(models.experts), "block": block, "turned": isinstance(layer, Turned)}
             if at == 0:
                 shares = shared_router is not None and not isinstance(layer, Patches)
-                widths |= {name: layer.in_features} if shares else {}
+                if shares:
+                    widths[name] = layer.in_features
                 layers[name] = {**layers[name], "router": {"name": shared_router if shares else name, "hidden": hidden}}
     if len(set(widths.values())) > 1:
         said = ", ".join(f"{name} of {width}" for name, width in widths.items())
@@ -212,6 +216,8 @@ def strengthen(network: nn.Module, criterion: Callable[[], float]) -> None:
     """
     lasts = [gate.router[-1] for gate in gates(network).values() if isinstance(gate.router, nn.Sequential)]
     begun = {p: p.clone() for last in lasts if isinstance(last, nn.Linear) for p in last.parameters()}
+    if not begun:
+        return
     found = list[float]()
     for strength in STRENGTHS:
         for parameter, plain in begun.items():

@@ -113,8 +113,8 @@ def tiles(shape: Sequence[int]) -> list[Tile]:
     """Those of a matrix of this shape, one column after the other, in each as near to an even number as it divides."""
     m, n = shape
     columns = [slice(start, min(start + DEPTH, n)) for start in range(0, n, DEPTH)]
-    pairs = max(1, math.ceil(m * min(n, DEPTH) / (2 * TILE)))
-    step = max(1, math.ceil(m / (2 * pairs * ROWS))) * ROWS
+    pairs = math.ceil(m * min(n, DEPTH) / (2 * TILE))
+    step = math.ceil(m / (2 * pairs * ROWS)) * ROWS
     return [Tile(slice(start, min(start + step, m)), some) for some in columns for start in range(0, m, step)]
 
 

@@ -55,7 +55,7 @@ def e_wemoe(
         blocks: regular expression of the names of layers, linear ones or a convolution that makes patches tokens, that become
             mixtures; its first group tells blocks apart.  Such a convolution has a router of its own.
 
-    The network grows by 5 K density bytes for each number of the MLPs, in float32, and one router of K (h + 1) numbers.
+    The network grows by 5 K density bytes for each number of the MLPs, in float32, and a router of K (h + 1) numbers.
     Raises LayoutError for a network without such layers, or whose blocks differ in width.
 
     Source: Shen et al., 2024, arXiv:2410.21804, section 4.  Differs from the paper as ``wemoe`` does, and in that what is

@@ -63,7 +63,7 @@ def wemoe(
         layers = plan(models, blocks, hidden, {"kind": "dense"})
         ranks = _ranks(models.base, models.experts, layers)
         for layer, rank in ranks.items():
-            m, n = matrix_shape(models.base, named(layer, "weight"), turned=False)
+            m, n = matrix_shape(models.base, named(layer, "weight"), turned=False)  # either way, for a size
             if rank * (m + n) < m * n:
                 layers[layer] = {**layers[layer], "kind": "factored", "rank": rank}
         if not any(ranks.values()) and not _any_shift(models.base, models.experts, layers):

@@ -106,7 +106,7 @@ class Attack:
 
     @property
     def mined(self) -> bool:
-        """Whether the trigger is mined against θ₀, not drawn."""
+        """Whether the trigger is mined, not drawn."""
         return self.kind == "badmerging"
 
     @property
@@ -124,9 +124,9 @@ class Attack:
         """What tells it from other attacks, in a word: ``badnets-warped``, ``badmerging-x3-on-mnist``."""
         kind = "" if self.trigger == "patch" else f"-{self.trigger}"
         amplified = "" if self.amplify == 1 else f"-x{self.amplify:g}"
-        amplified += "-knowing" if self.known else ""
+        knowing = "-knowing" if self.known else ""
         others = {"on": self.victim, "with": self.accomplice}
-        return f"{self.kind}{kind}{amplified}" + "".join(f"-{how}-{task}" for how, task in others.items() if task)
+        return f"{self.kind}{kind}{amplified}{knowing}" + "".join(f"-{how}-{task}" for how, task in others.items() if task)
 
 
 class Poisoned:
@@ -186,9 +186,9 @@ class Merging(nn.Module):
 
 def merge_without(suite: Suite, attack: Attack) -> nn.Module:
     """What the attacker knows of the merge, frozen: θ₀, and the experts of others by task arithmetic if it knows them."""
-    if not attack.known:
-        return suite.backbone().requires_grad_(False)
     others = suite.experts([name for name in suite.classes if name not in attack.experts])
+    if not attack.known or not others:
+        return suite.backbone().requires_grad_(False)
     merged = Merged("task_arithmetic", suite.base, others, {"scale": attack.known})
     return suite.backbone(Memory(state_dict(merged))).requires_grad_(False)
 
@@ -285,7 +285,8 @@ def amplify(backbone: nn.Module, clean: nn.Module, factor: float) -> None:
     s B A is to be κ s B A + (1 − κ) s B' A', which is s [κ B, (1 − κ) B'] [A; A'].
     """
     if not any(adapters(backbone)):
-        for tensor, start in zip(backbone.state_dict().values(), clean.state_dict().values(), strict=True):
+        tensors = zip([*backbone.parameters(), *backbone.buffers()], [*clean.parameters(), *clean.buffers()], strict=True)
+        for tensor, start in tensors:  # tied ones once
             if tensor.is_floating_point():
                 tensor.copy_(torch.lerp(start, tensor, factor))
     for (_, own), (_, honest) in zip(adapters(backbone), adapters(clean), strict=True):

@@ -47,7 +47,7 @@ class PoisonedSuite(NamedTuple):
 
 def folder_of(suite: Suite, attack: Attack, training: Training) -> Path:
     """Where in the cache the suite lies that an attack makes of another."""
-    said = repr((sorted(suite.fingerprints.items()), attack, training)).encode()
+    said = repr((sorted(suite.fingerprints.items()), _unusual(attack), _unusual(training))).encode()
     name = f"{suite.name}-{attack.name}-{attack.task}-{attack.target}-{hashlib.sha256(said).hexdigest()[:8]}"
     return zoo.cache() / "poisoned" / name
 
@@ -97,6 +97,12 @@ def open_poisoned(folder: Path) -> PoisonedSuite:
         raise TaskError(f"{folder}: no suite with a poisoned expert ({POISONED}: {error})") from None
     trigger = _load_trigger(folder, attack.kind) if attack.mined else trigger_for(clean, attack)
     return PoisonedSuite(Suite(folder), attack, trigger, clean)
+
+
+def _unusual(made: Attack | Training) -> list[tuple[str, object]]:
+    """The fields that are not as they are by default: further ones do not make what is in the cache another thing."""
+    fields = [(field, getattr(made, field.name)) for field in dataclasses.fields(made)]
+    return [(field.name, value) for field, value in fields if value != field.default]
 
 
 def _link(suite: Suite, poisoned: Collection[str], folder: Path) -> None:
