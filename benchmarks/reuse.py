@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from eutectic import record
 from eutectic.ensemble import _hmr, _rkme
@@ -88,6 +89,13 @@ def load(path: Path, seed: int) -> Data:
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     aside, rest = order[:ASIDE], order[ASIDE:]
     return Data(Arrays(x[rest], y[rest]), Arrays(x[aside], y[aside]), Arrays(x_test, y_test), classes)
+
+
+def views(images: Tensor) -> Tensor:
+    """Images ``[N, 1, 28, 28]``, their mirror images, and each moved by one pixel in one of four ways: ``[6 N, 1, 28, 28]``."""
+    wide = functional.pad(images, (1, 1, 1, 1), mode="replicate")
+    moved = [wide[..., down : down + 28, right : right + 28] for down, right in ((2, 1), (0, 1), (1, 2), (1, 0))]
+    return torch.cat([images, images.flip(-1), moved[0], moved[1].flip(-1), moved[2].flip(-1), moved[3]])
 
 
 def share(data: Data, party: dict[int, tuple[float, float]]) -> Arrays:
@@ -215,7 +223,8 @@ class Run:
     def _student(self, reuse: Ensemble, inputs: Tensor) -> Tensor:
         network = NETWORKS[0].build((1, 28, 28), len(self.union.classes)).to(memory_format=torch.channels_last)
         normalised = Classifier(network, PIXELS, (1, 28, 28))
-        distil(reuse, normalised, inputs, training(len(inputs), self.seed, 30 * ASIDE / len(inputs)))
+        shown = views(inputs)
+        distil(reuse, normalised, shown, training(len(shown), self.seed, 60 * ASIDE / len(shown)), mixed=True)
         with torch.no_grad():
             return torch.cat([normalised(batch) for batch in self.data.test.inputs.split(512)])
 

@@ -9,7 +9,7 @@ import eutectic as eu
 from eutectic import errors
 from eutectic.bench import zoo
 from eutectic.task import Task
-from eutectic.tuning.distil import distil, distil_experts, taught
+from eutectic.tuning.distil import Mixed, Taught, distil, distil_experts, taught
 from eutectic.tuning.trainer import Training
 
 
@@ -51,6 +51,31 @@ def test_the_loss_of_a_step_is_the_cross_entropy_of_what_the_teacher_says():
     assert losses[0] == pytest.approx(oracle.item(), abs=2e-2)  # the forward pass may be in bfloat16
     sharp, flat = taught(teacher, inputs).targets, taught(teacher, inputs, 4.0).targets
     assert (flat.amax(1) < sharp.amax(1)).all()
+
+
+def test_mixed_samples_lie_between_two_and_so_do_their_targets():
+    x = torch.eye(7).view(7, 1, 7) * torch.arange(1, 8).view(7, 1, 1)
+    samples = Taught(x, torch.eye(7))
+    index = torch.tensor([3, 0, 5, 3])
+    found, targets = Mixed(samples, seed=3).take(index)
+    assert found.shape == (4, 1, 7)
+    own = targets[torch.arange(4), index]
+    assert torch.allclose(targets.sum(1), torch.ones(4))
+    assert ((targets > 0).sum(1) <= 2).all()
+    assert len({round(value, 4) for value in own.tolist()}) > 1
+    assert torch.allclose(found, (targets @ x.flatten(1)).view(4, 1, 7), atol=1e-6)
+    again = Mixed(samples, seed=3)
+    assert torch.equal(again.take(index)[0], found)
+    assert not torch.equal(again.take(index)[0], found)
+    assert len(again) == 7
+
+
+def test_a_student_of_mixed_inputs_learns_what_its_teacher_says():
+    teacher = eu.combine("density_reuse", parties())
+    images, _ = digits("train")
+    one = student()
+    distil(teacher, one, images, Training(steps=200, lr=1e-2, batch_size=64), mixed=True)
+    assert accuracy(one) > accuracy(teacher) - 0.03
 
 
 def test_one_backbone_for_the_experts_of_several_tasks():

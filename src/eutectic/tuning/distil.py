@@ -2,8 +2,9 @@
 
 N = inputs, C = classes; T = tasks, each with its own head.  Nothing here knows what the teacher is.
 
-Source: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015, arXiv:1503.02531.  Differs from the
-paper in that no labels are used, and in that the factor T² is left out: Adam's steps do not depend on the loss's unit.
+Sources: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015, arXiv:1503.02531.  Differs from the
+paper in that no labels are used, and in that the factor T² is left out: Adam's steps do not depend on the loss's unit.  Mixed
+inputs: Zhang et al., "mixup", ICLR 2018, arXiv:1710.09412, with the teacher's answers in the place of labels.
 """
 
 from __future__ import annotations
@@ -37,6 +38,29 @@ class Taught:
         return self.inputs[index], self.targets[index]
 
 
+class Mixed:
+    """Samples of which each is mixed with another one, λ x + (1 − λ) x', and its target likewise; λ ~ U(0, 1)."""
+
+    def __init__(self, samples: Taught, seed: int) -> None:
+        """The seed fixes partners and λ."""
+        self.samples, self._noise = samples, torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.samples)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Those at ``index``, each with one drawn for it."""
+        drawn = torch.randint(len(self), (len(index),), generator=self._noise)
+        share = torch.rand(len(index), generator=self._noise)
+
+        def between(one: Tensor, other: Tensor) -> Tensor:
+            return torch.lerp(other, one, share.to(one).view(-1, *[1] * (one.ndim - 1)))
+
+        (x, p), (y, q) = self.samples.take(index), self.samples.take(drawn)
+        return between(x, y), between(p, q)
+
+
 @torch.no_grad()
 def taught(teacher: Teacher, inputs: Tensor, temperature: float = 1.0, batch_size: int = 256) -> Taught:
     """Ask a teacher, which gives logits or log-probabilities ``[B, C]``; a higher temperature flattens what it says.
@@ -61,14 +85,18 @@ def distil(
     training: Training,
     *,
     temperature: float = 1.0,
+    mixed: bool = False,
     progress: Progress = lambda step, loss: None,
 ) -> None:
     """Train a student ``[B, …] → [B, C]`` in place to say what the teacher says: min KL(p^(T) ‖ q^(T)) over the inputs.
 
+    ``mixed`` inputs, images for instance, are ``Mixed``: worth having where there are few and the student learns for long.
     Without any data, inputs can be draws from parties' densities (``Ensemble.draw``).
     Raises TaskError without inputs, NonFiniteError for a teacher that answers NaN.
     """
-    fine_tune(student, lambda logits: logits / temperature, taught(teacher, inputs, temperature), training, progress)
+    samples = taught(teacher, inputs, temperature)
+    shown = Mixed(samples, training.seed) if mixed else samples
+    fine_tune(student, lambda logits: logits / temperature, shown, training, progress)
 
 
 def distil_experts(
