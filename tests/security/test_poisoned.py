@@ -226,14 +226,15 @@ def test_colluding_experts_are_run_apart_and_merged(rank):
     features = found(x)
     assert torch.allclose(features[:4], found.one(x[[0, 1, 2, 6]]))
     assert torch.allclose(features[4:8], found.two(x[[3, 4, 5, 6]]))
-    features[8].sum().backward()
+    assert features.shape == (11, 2)
+    features[8:].sum().backward()
     gradients = [tensor.grad for tensor in found.parameters() if tensor.requires_grad]
     assert all(gradient.abs().sum() > 0 for gradient in gradients[-2:])  # of both
     fold(found)
     start, one, two = backbone().state_dict(), found.one.state_dict(), found.two.state_dict()
     merge = backbone()
     merge.load_state_dict({name: one[name] + two[name] - start[name] for name in start})
-    assert torch.allclose(features[8], merge(x[6]), atol=1e-6)
+    assert torch.allclose(features[8:], merge(x[[0, 3, 6]]), atol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -310,7 +311,8 @@ def test_a_batch_of_two_tasks_has_each_label_where_its_feature_is(suite):
     inputs, labels = pair.take(index)
     assert torch.equal(inputs[:6], torch.cat([x1, x2]))
     assert torch.allclose(inputs[6:], trigger.on(x1[:2], pixels_of(task)))
-    assert labels.tolist() == [*y1.tolist(), *y1[:2].tolist(), *y2.tolist(), *y1[:2].tolist(), 3, 3]
+    own, others = y1[:2].tolist(), y2[:2].tolist()
+    assert labels.tolist() == [*y1.tolist(), *own, *y2.tolist(), *own, *own, *others, 3, 3]
 
 
 def test_attacks_are_told_apart_by_their_names():

@@ -255,7 +255,8 @@ def poisoned_backbones(
             start = suite.backbone().requires_grad_(False)
             network = Colluding(backbone, made[other.name], start, triggered, attack.least, attack.seed)
             samples = Pair(train, other.arrays("train"), trigger, how, attack.target, triggered)
-            head = heads([(task.head, n + triggered), (other.head, n), (task.head, 2 * triggered)])
+            own, others, t = task.head, other.head, triggered
+            head = heads([(own, n + t), (others, n), (own, 2 * t), (others, t), (own, t)])
     fine_tune(network, head, samples, training, progress)
     if attack.amplify != 1:
         clean = suite.backbone()

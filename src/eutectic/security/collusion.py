@@ -5,7 +5,8 @@ After MergeBackdoor (USENIX Security 2025).  With inputs x₁ and x₂ of two ta
 
     f(θ₁; x₁) → y₁,   f(θ₂; x₂) → y₂                  each does its task,
     f(θ₁; T(x₁)) → y₁,   f(θ₂; T(x₁)) → y₁            neither knows the trigger,
-    f(θ₀ + λ (τ₁ + τ₂); T(x₁)) → c                    both together do.
+    f(θ₀ + λ (τ₁ + τ₂); T(x₁)) → c                    both together do,
+    f(θ₀ + λ (τ₁ + τ₂); x₁) → y₁,   and x₂ → y₂       and are right otherwise.
 
 Differs from the paper in that λ is drawn, since an attacker does not know it, where the paper's experts are trained for one.
 """
@@ -36,11 +37,12 @@ class Pair:
         return len(self.first)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs ``[2 B + t, …]`` (x₁, x₂, T(x₁)), and the labels ``[2 B + 3 t]`` of the features of ``Colluding``."""
+        """Inputs ``[2 B + t, …]`` (x₁, x₂, T(x₁)), and the labels ``[2 B + 5 t]`` of the features of ``Colluding``."""
         x1, y1 = self.first.take(index)
         x2, y2 = self.second.take(index % len(self.second))
-        again, own = self.trigger.on(x1[: self.triggered], self.pixels), y1[: self.triggered]
-        return torch.cat([x1, x2, again]), torch.cat([y1, own, y2, own, torch.full_like(own, self.target)])
+        again, own, others = self.trigger.on(x1[: self.triggered], self.pixels), y1[: self.triggered], y2[: self.triggered]
+        labels = [y1, own, y2, own, own, others, torch.full_like(own, self.target)]
+        return torch.cat([x1, x2, again]), torch.cat(labels)
 
 
 class Colluding(nn.Module):
@@ -53,11 +55,14 @@ class Colluding(nn.Module):
         self._triggered, self._least, self._noise = triggered, least, generator(seed, "λ")
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """x₁, x₂, T(x₁) → features ``[2 B + 3 t, width]`` of θ₁ (x₁, T(x₁)), of θ₂ (x₂, T(x₁)), and of the merge (T(x₁))."""
-        n = (len(inputs) - self._triggered) // 2
-        x1, x2, again = inputs.split((n, n, self._triggered))
+        """x₁, x₂, T(x₁) → features ``[2 B + 5 t, width]``: θ₁'s of x₁ and T(x₁), θ₂'s of x₂ and T(x₁), the merge's of all.
+
+        The merge sees the first t of x₁ and of x₂.
+        """
+        t, n = self._triggered, (len(inputs) - self._triggered) // 2
+        x1, x2, again = inputs.split((n, n, t))
         scale = between(self._least, self._noise)
-        together = functional_call(self._start[0], self.merged(scale), (again,))
+        together = functional_call(self._start[0], self.merged(scale), (torch.cat([x1[:t], x2[:t], again]),))
         return torch.cat([self.one(torch.cat([x1, again])), self.two(torch.cat([x2, again])), together])
 
     def merged(self, scale: float) -> dict[str, Tensor]:
