@@ -16,6 +16,8 @@ from eutectic.methods._method import signature_model
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS.parent / "benchmarks" / "results"
+#: a bar that does not end a table's cell
+BAR = "\\|"
 
 
 def methods_page() -> str:
@@ -66,7 +68,7 @@ def fitted_page() -> str:
                 f"{seconds:.0f}",
                 f"{peak:.0f}",
             ]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            lines.append(f"| {' | '.join(str(cell).replace('|', BAR) for cell in cells)} |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
@@ -132,7 +134,8 @@ def _means_table(heads: Sequence[str], rows: Sequence[tuple[Sequence[str], Seque
     numbers = len(rows[0][1])
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * (len(heads) - numbers)}{'---:|' * numbers}"]
     for names, cells in rows:
-        lines.append(f"| {' | '.join([*names, *(_spread(cell, statistics.mean, 1) for cell in cells)])} |")
+        said = [name.replace("|", BAR) for name in names]
+        lines.append(f"| {' | '.join([*said, *(_spread(cell, statistics.mean, 1) for cell in cells)])} |")
     return "\n".join(lines) + "\n"
 
 
