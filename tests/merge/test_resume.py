@@ -53,6 +53,13 @@ def _child(root, out, started):
     merge(root, out)
 
 
+def _lines(journal):
+    try:
+        return len(journal.read_bytes().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
 def test_what_else_a_process_imported_does_not_make_it_another_merge(models, monkeypatch):
     merged = run.merged_from(RECIPE, models)
     before = run._key(merged, RECIPE, 1)
@@ -76,11 +83,16 @@ def test_killed_at_twenty_moments_every_resumed_output_is_the_same(models, tmp_p
         child = context.Process(target=_child, args=(models, out, started))
         child.start()
         started.wait()
-        time.sleep(moments.uniform(0, 1.2) * whole_s)
+        journal = tmp_path / f".out{number}.partial" / publish._JOURNAL
+        if number % 2:
+            time.sleep(moments.uniform(0, 1.2) * whole_s)
+        else:  # in the midst of it, however busy the machine is
+            least = moments.randint(2, 8)
+            while child.is_alive() and _lines(journal) < least:
+                time.sleep(0.001)
         child.kill()
         child.join()
-        journal = tmp_path / f".out{number}.partial" / publish._JOURNAL
-        resumed += journal.exists() and len(journal.read_bytes().splitlines()) > 1
+        resumed += _lines(journal) > 1
         if not out.exists():
             merge(models, out)
         assert fingerprint(open_folder(out)) == expected
