@@ -39,7 +39,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from eutectic.bench.suite import Suite
@@ -48,7 +47,7 @@ from eutectic.errors import ParameterError
 from eutectic.fusion._fit import generator
 from eutectic.merge.api import state_dict
 from eutectic.merge.view import Merged
-from eutectic.security.collusion import Colluding, Pair, between, trained
+from eutectic.security.collusion import Colluding, Pair, between, in_merge
 from eutectic.security.miner import images_of, logits_of, lower_right, mine
 from eutectic.security.triggers import Trigger, drawn, pixels_of
 from eutectic.task import Pixels
@@ -178,10 +177,8 @@ class Merging(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """``[B, …]`` → ``[B, width]``."""
         start, rest = self._others
-        half = (len(inputs) - self._triggered) // 2
-        r, before, others = between(self._least, self._noise), start.state_dict(), rest.state_dict()
-        merged = {name: others[name] + r * (own - before[name]) for name, own in trained(self.backbone).items()}
-        return torch.cat([self.backbone(inputs[:half]), functional_call(rest, merged, (inputs[half:],))])
+        half, r = (len(inputs) - self._triggered) // 2, between(self._least, self._noise)
+        return torch.cat([self.backbone(inputs[:half]), in_merge(rest, start, r, [self.backbone], inputs[half:])])
 
 
 def merge_without(suite: Suite, attack: Attack) -> nn.Module:

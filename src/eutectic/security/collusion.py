@@ -13,6 +13,8 @@ Differs from the paper in that λ is drawn, since an attacker does not know it, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -62,14 +64,18 @@ class Colluding(nn.Module):
         t, n = self._triggered, (len(inputs) - self._triggered) // 2
         x1, x2, again = inputs.split((n, n, t))
         scale = between(self._least, self._noise)
-        together = functional_call(self._start[0], self.merged(scale), (torch.cat([x1[:t], x2[:t], again]),))
+        start = self._start[0]
+        together = in_merge(start, start, scale, (self.one, self.two), torch.cat([x1[:t], x2[:t], again]))
         return torch.cat([self.one(torch.cat([x1, again])), self.two(torch.cat([x2, again])), together])
 
-    def merged(self, scale: float) -> dict[str, Tensor]:
-        """θ₀ + λ (τ₁ + τ₂), of the tensors that are trained."""
-        start = self._start[0].state_dict()
-        one, two = trained(self.one), trained(self.two)
-        return {name: start[name] + scale * (one[name] + two[name] - 2 * start[name]) for name in one}
+
+def in_merge(rest: nn.Module, start: nn.Module, scale: float, experts: Sequence[nn.Module], inputs: Tensor) -> Tensor:
+    """The features of inputs by θ' + λ Σ (θᵢ − θ₀), with gradients to the experts; ``rest`` has θ', ``start`` θ₀."""
+    before, others, weights = start.state_dict(), rest.state_dict(), [trained(expert) for expert in experts]
+    merged = {
+        name: others[name] + scale * (sum(own[name] for own in weights) - len(weights) * before[name]) for name in weights[0]
+    }
+    return functional_call(rest, merged, (inputs,))
 
 
 def between(least: float, noise: torch.Generator) -> float:
