@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import typer
@@ -16,8 +16,6 @@ from eutectic.methods._method import signature_model
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS.parent / "benchmarks" / "results"
-#: a bar that does not end a table's cell
-BAR = "\\|"
 
 
 def methods_page() -> str:
@@ -68,7 +66,7 @@ def fitted_page() -> str:
                 f"{seconds:.0f}",
                 f"{peak:.0f}",
             ]
-            lines.append(f"| {' | '.join(str(cell).replace('|', BAR) for cell in cells)} |")
+            lines.append(_row(cells))
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
@@ -132,10 +130,9 @@ def _corrupted(path: Path) -> str:
 def _means_table(heads: Sequence[str], rows: Sequence[tuple[Sequence[str], Sequence[list[float]]]]) -> str:
     """A table of names and, in the columns after them, of means over seeds."""
     numbers = len(rows[0][1])
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * (len(heads) - numbers)}{'---:|' * numbers}"]
+    lines = [_row(heads), f"|{'---|' * (len(heads) - numbers)}{'---:|' * numbers}"]
     for names, cells in rows:
-        said = [name.replace("|", BAR) for name in names]
-        lines.append(f"| {' | '.join([*said, *(_spread(cell, statistics.mean, 1) for cell in cells)])} |")
+        lines.append(_row([*names, *(_spread(cell, statistics.mean, 1) for cell in cells)]))
     return "\n".join(lines) + "\n"
 
 
@@ -159,11 +156,11 @@ def language_page() -> str:
     for metric, methods in found.items():
         domains = list(next(iter(methods.values())))
         parts.append(f"## {metric[0].upper()}{metric[1:]}\n")
-        lines = [f"| model | {' | '.join(domains)} | chosen |", f"|---|{'---:|' * len(domains)}---|"]
+        lines = [_row(["model", *domains, "chosen"]), f"|---|{'---:|' * len(domains)}---|"]
         for method, cells in methods.items():
             shown = [_with_interval(cells[domain]) if domain in cells else "–" for domain in domains]
             scale = next(iter(cells.values())).parameters.get("scale")
-            lines.append(f"| {method} | {' | '.join(shown)} | {'' if scale is None else f'λ = {scale}'} |")
+            lines.append(_row([method, *shown, "" if scale is None else f"λ = {scale}"]))
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
@@ -195,13 +192,18 @@ def reuse_page() -> str:
             shown = [
                 _spread(cells.get(split, []), max if name.startswith("one party") else statistics.mean) for split in "ABCD"
             ]
-            lines.append(f"| {name} | {size or ''} | {' | '.join(shown)} |")
+            lines.append(_row([name, size or "", *shown]))
     lines.append("| *published, no exchange* | | 91.3 | 88.4 | 84.6 | 84.8 |")
     parts.append("\n".join(lines) + "\n")
     whole = [value for cells in found.values() for value in cells.get("all", [])]
     if whole:
         parts.append(f"One network of all data: {_spread(whole, statistics.mean)}.\n")
     return "\n".join(parts)
+
+
+def _row(cells: Iterable[object]) -> str:
+    """A line of a table; a bar in a cell does not end it."""
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _spread(values: list[float], middle: Callable[[list[float]], float], digits: int = 2) -> str:
