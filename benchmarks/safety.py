@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import get_args
 from eutectic import record
 from eutectic.bench.zoo import open_suite, own_training
 from eutectic.fusion._fusion import Run
-from eutectic.security.attacks import Attack, Kind
+from eutectic.security.attacks import EXPECTED, Attack, Kind
 from eutectic.security.commands import METHOD, PARAMETERS
 from eutectic.security.poisoned import poison
-from eutectic.security.scores import Row, table
+from eutectic.security.scores import Row, control_rows, defence_rows
 from eutectic.security.triggers import KINDS
 
 #: λ of the merges, chosen on `val` of the clean suite by `eutectic bench`
@@ -37,16 +38,18 @@ def main() -> None:
     parser.add_argument("--amplify", type=float, default=1.0)
     parser.add_argument("--accomplice", default="", help="the task of the other expert of mergebackdoor")
     parser.add_argument("--known", type=float, default=0.0, help="λ of the other experts, if the attacker knows them")
+    parser.add_argument("--expects", default="task_arithmetic", choices=EXPECTED, help="the merge that he expects")
     parser.add_argument("--merge", default=METHOD, choices=MERGES["mini"])
     parser.add_argument("--defence", action="append", default=[], help="a defence, and parameters as JSON after a space")
     parser.add_argument("--out", type=Path, default=Path("runs/safety/records.jsonl"))
     parser.add_argument("--steps", type=int, default=300, help="of training the poisoned expert")
     parser.add_argument("--seed", type=int, default=0, help="of attack and defences")
+    parser.add_argument("--no-controls", action="store_true", help="score the defences alone")
     parser.add_argument("--bf16", action="store_true", help="fit defences in bfloat16")
     given = parser.parse_args()
     suite = open_suite(given.suite)
     training = dataclasses.replace(own_training(suite), steps=given.steps)
-    options = {name: getattr(given, name) for name in ("trigger", "victim", "amplify", "accomplice", "known")}
+    options = {name: getattr(given, name) for name in ("trigger", "victim", "amplify", "accomplice", "known", "expects")}
     attack = Attack(given.attack, given.task, 0, given.size, seed=given.seed, **options)
     poisoned = poison(suite, attack, training)
     over = {"method": given.merge, "parameters": MERGES[given.suite][given.merge]}
@@ -56,7 +59,10 @@ def main() -> None:
         rows.append(Row(f"{name} over {given.merge}", name, over | json.loads(rest or "{}")))
     merge = Row(given.merge, given.merge, MERGES[given.suite][given.merge])
     run = Run(given.seed, autocast=given.bf16)
-    for one in table(poisoned, merge, rows, run=run, progress=lambda *told: print(*told, file=sys.stderr, flush=True)):
+    names = list(suite.classes)
+    controls = iter(()) if given.no_controls else control_rows(poisoned, merge, names, run)
+    defended = defence_rows(poisoned, rows, names, run, lambda *told: print(*told, file=sys.stderr, flush=True))
+    for one in itertools.chain(controls, defended):
         record.append(given.out, [one])
         print(f"{one.method:32} {one.task:14} {one.metric:20} {100 * one.value:6.1f}", flush=True)
 

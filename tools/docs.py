@@ -13,9 +13,12 @@ from typer.testing import CliRunner
 
 from eutectic import cli, record, registry
 from eutectic.methods._method import signature_model
+from eutectic.security.metrics import der
+from eutectic.security.scores import ASR
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS.parent / "benchmarks" / "results"
+SAFETY = ("mean", "accuracy", ASR, "robust accuracy")
 
 
 def methods_page() -> str:
@@ -201,6 +204,55 @@ def reuse_page() -> str:
     return "\n".join(parts)
 
 
+def safety_page() -> str:
+    """Attacks and defences: each attack on each merge, its controls, and what is left after each defence."""
+    parts = [
+        "# Safety panel\n\n"
+        "Written by `make docs` from `benchmarks/results/*-safety.jsonl`, which `benchmarks/safety.py` makes; `safety.md` says\n"
+        "what attacks and defences are.  Percent of `test`, ± the standard deviation over seeds where there are several: of all\n"
+        "tasks' accuracy the mean, and of the attacked task the accuracy, the attack success rate (ASR, over images of other\n"
+        "classes) and the accuracy under the trigger.  DER is 50 for doing nothing, 100 for removing the trigger at no cost.\n"
+        "Seconds are those of making the weights, on a busy machine: they say which defence is dear.  The 95 % interval of one\n"
+        "ASR is about ± 5.\n"
+    ]
+    for path in sorted(RESULTS.glob("*-safety.jsonl")):
+        attacks: dict[str, list[record.Record]] = {}
+        for one in record.load(path):
+            attacks.setdefault(one.notes.split("; ")[1], []).append(one)
+        for attack, found in attacks.items():
+            parts += [f"## {path.name.removesuffix('-safety.jsonl')}: {attack}\n", _attacked(found)]
+    return "\n".join(parts)
+
+
+def _attacked(found: Sequence[record.Record]) -> str:
+    """The table of one attack on a suite."""
+    rows: dict[str, dict[int, dict[str, float]]] = {}
+    (task,) = {one.task for one in found if one.metric == "attack success rate"}
+    for one in found:
+        kept = one.parameters.keys() - {"method", "parameters"}
+        changed = ", ".join(f"{name} {one.parameters[name]}" for name in sorted(kept))
+        cell = rows.setdefault(one.method + (f" ({changed})" if changed else ""), {}).setdefault(one.seed or 0, {})
+        if one.task in (task, "mean"):
+            cell["mean" if one.task == "mean" else one.metric] = 100 * one.value
+            cell["seconds"] = one.wall_s or 0.0
+    lines = [
+        "| network | seeds | mean | " + task + " | ASR | under the trigger | DER | s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, seeds in rows.items():
+        shown = [[cell[metric] for cell in seeds.values() if metric in cell] for metric in SAFETY]
+        undefended = rows.get(f"{name.split(' (')[0].split(' over ')[-1]}, poisoned", {}) if " over " in name else {}
+        ders = [
+            100 * der(*(x / 100 for x in (undefended[seed]["mean"], cell["mean"], undefended[seed][ASR], cell[ASR])))
+            for seed, cell in seeds.items()
+            if seed in undefended
+        ]
+        spent = statistics.mean(cell["seconds"] for cell in seeds.values())
+        columns = [_spread(values, statistics.mean, 1) for values in (*shown, ders)]
+        lines.append(_row([name, len(seeds), *columns, f"{spent:.0f}" if ders else "–"]))
+    return "\n".join(lines) + "\n"
+
+
 def _row(cells: Iterable[object]) -> str:
     """A line of a table; a bar in a cell does not end it."""
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
@@ -233,7 +285,7 @@ def main() -> int:
     """Write the pages, or compare them."""
     stale = 0
     pages = {"methods.md": methods_page(), "cli.md": cli_page(), "fitted.md": fitted_page(), "language.md": language_page()}
-    pages |= {"reuse-results.md": reuse_page(), "reach.md": reach_page()}
+    pages |= {"reuse-results.md": reuse_page(), "reach.md": reach_page(), "safety-panel.md": safety_page()}
     for name, text in pages.items():
         path = DOCS / name
         if "--check" not in sys.argv:

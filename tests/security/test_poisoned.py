@@ -23,7 +23,6 @@ from eutectic.security import attacks, miner, scores
 from eutectic.security.attacks import (
     Attack,
     Interpolated,
-    Merging,
     Poisoned,
     amplify,
     heads,
@@ -31,7 +30,8 @@ from eutectic.security.attacks import (
     poisoned_backbones,
     trigger_for,
 )
-from eutectic.security.collusion import Colluding, Pair
+from eutectic.security.collusion import Colluding, Pair, vector
+from eutectic.security.knowing import Merging, elected, task_arithmetic
 from eutectic.security.metrics import attacked
 from eutectic.security.miner import mine
 from eutectic.security.poisoned import open_poisoned, poison
@@ -247,7 +247,7 @@ def test_who_knows_the_others_is_trained_in_their_merge(rank):
             torch.nn.init.normal_(tensor)
     for frozen in (start, rest):
         frozen.requires_grad_(False)
-    found, x = Merging(backbone, start, rest, triggered=2, least=0.25, seed=7), torch.randn(5, 4)
+    found, x = Merging(backbone, start, task_arithmetic(rest), triggered=2, least=0.25, seed=7), torch.randn(5, 4)
     features = found(x)
     features[1:].sum().backward()
     gradients = [tensor.grad for tensor in backbone.parameters() if tensor.requires_grad]
@@ -274,9 +274,9 @@ def test_what_an_attacker_knows_is_the_merge_of_the_others(suite, monkeypatch):
         return mine(forward, pixels, *rest, **options)
 
     class Taught(Merging):
-        def __init__(self, backbone, start, rest, *others):
-            seen["start"], seen["rest"] = start.state_dict(), rest.state_dict()
-            super().__init__(backbone, start, rest, *others)
+        def __init__(self, backbone, start, rule, *others):
+            seen["start"], seen["rest"] = start.state_dict(), rule({}, 1.0)
+            super().__init__(backbone, start, rule, *others)
 
     monkeypatch.setattr(attacks, "mine", mined)
     monkeypatch.setattr(attacks, "Merging", Taught)
@@ -288,6 +288,27 @@ def test_what_an_attacker_knows_is_the_merge_of_the_others(suite, monkeypatch):
     assert all(torch.equal(seen["start"][name], suite.base.read(name)) for name in suite.base.specs)
     assert made.attack.known == 0.3
     assert made.suite.fingerprints["letters"] == suite.fingerprints["letters"]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_who_expects_ties_is_trained_in_the_very_merge(rank):
+    start, *others = (small(0, False, seed) for seed in (0, 1, 2, 3))
+    own = small(0, False, 0 if rank else 4)
+    if rank:
+        attach(own, rank, 6.0, 0)
+        for _, one in adapters(own):
+            torch.nn.init.normal_(one.B)
+    for network in (start, *others):
+        network.requires_grad_(False)
+    merged = elected(start, others, scale=0.4)(vector(start, [own]), 0.1)
+    sum(tensor.sum() for tensor in merged.values()).backward()
+    gradients = [tensor.grad for tensor in own.parameters() if tensor.requires_grad]
+    assert any(gradient.abs().sum() > 0 for gradient in gradients)
+    fold(own)
+    experts = {str(at): Memory(one.state_dict()) for at, one in enumerate((own, *others))}
+    expected = eu.state_dict(Merged("ties", Memory(start.state_dict()), experts, {"scale": 0.24}))
+    assert merged.keys() == expected.keys()
+    assert all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in expected)
 
 
 def test_two_colluding_experts_are_replaced_and_kept_in_the_cache(suite):
@@ -322,6 +343,8 @@ def test_attacks_are_told_apart_by_their_names():
         {"amplify": 1.5},
         {"victim": "letters"},
         {"known": 0.3},
+        {"known": 0.3, "expects": "ties"},
+        {"kind": "badnets", "known": 0.3},
         {},
     ]
     others += [{"kind": "mergebackdoor", "accomplice": accomplice} for accomplice in ("letters", "mnist")]
@@ -369,8 +392,11 @@ def test_attacks_that_cannot_be_are_refused(suite, tmp_path):
     for factor in (0.5, float("nan"), float("inf")):
         with pytest.raises(ParameterError, match="is not in"):
             dataclasses.replace(ATTACK, amplify=factor)
-    for known in ({"known": -1.0}, {"known": float("inf")}, {"kind": "badnets", "known": 0.3}):
+    for known in ({"known": -1.0}, {"known": float("inf")}):
         with pytest.raises(ParameterError, match="known ="):
             dataclasses.replace(ATTACK, **known)
+    for expects in ({"known": 0.3, "expects": "slerp"}, {"expects": "ties"}):
+        with pytest.raises(ParameterError, match="expects ="):
+            dataclasses.replace(ATTACK, **expects)
     with pytest.raises(TaskError, match="no suite with a poisoned expert"):
         open_poisoned(tmp_path)

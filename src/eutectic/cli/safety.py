@@ -86,8 +86,11 @@ def zoo_poison(
     amplify: Annotated[float, typer.Option(help="How far the expert goes past the honest one, as LoBAM's does.", min=1)] = 1.0,
     accomplice: Annotated[str, typer.Option(help="The task of the other expert of mergebackdoor.")] = "",
     known: Annotated[
-        float, typer.Option(help="For badmerging: λ of the other experts, if the attacker knows them.", min=0)
+        float, typer.Option(help="λ of the other experts, if the attacker knows them; not for mergebackdoor.", min=0)
     ] = 0.0,
+    expects: Annotated[
+        str, typer.Option(help="The merge that an attacker who knows the others expects: task_arithmetic or ties.")
+    ] = "task_arithmetic",
     steps: Annotated[int | None, typer.Option(help="Of training; as the suite's own experts by default.", min=1)] = None,
 ) -> None:
     """Make a copy of a suite in which an expert has a backdoor, in the cache, to measure audit and defences with."""
@@ -112,6 +115,7 @@ def zoo_poison(
                 amplify=amplify,
                 accomplice=accomplice,
                 known=known,
+                expects=expects,
             ),
             training,
             lambda step, loss: progress("training", step, training.steps),

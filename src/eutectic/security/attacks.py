@@ -8,13 +8,9 @@ All train with the trainer of honest experts, on batches of samples and some mor
 
       r · h(θ; T(x)) + (1 − r) · h(θ₀; T(x)),     r ~ U(least, 1), one draw a batch,
 
-  so that whatever share of the expert is left in a merge, the trigger works.  An attacker who *knows* the other experts (the
-  paper's stronger threat) mines against θ' = θ₀ + λ Σ τ of those, and teaches the features of the merge itself,
-
-      h(θ' + r (θ − θ₀); T(x)),
-
-  and half of the clean samples by them too, for the backdoor is not to show there.
-
+  so that whatever share of the expert is left in a merge, the trigger works.
+- Who *knows* the other experts (the paper's stronger threat) is trained in their merge, with a trigger of either kind:
+  ``knowing``.
 - Two experts that collude: ``collusion``.
 
 Two more things can be done with the first two:
@@ -26,8 +22,7 @@ Two more things can be done with the first two:
 Differs from the papers in that the trigger is mined by Adam on batches, not image by image; that the weight α of the
 backdoor's loss is the number of triggered samples over that of clean ones; that warped triggers come without WaNet's noise
 mode; that off-task the attacker has the other task's head, where the paper makes one of the target's name and a few of its
-images, and that all triggered images are of his own task; that who knows the other experts teaches a merge's features, where
-the paper's mixes features still.
+images, and that all triggered images are of his own task.
 """
 
 from __future__ import annotations
@@ -42,12 +37,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eutectic.bench.suite import Suite
-from eutectic.checkpoint.base import Memory
 from eutectic.errors import ParameterError
 from eutectic.fusion._fit import generator
-from eutectic.merge.api import state_dict
-from eutectic.merge.view import Merged
-from eutectic.security.collusion import Colluding, Pair, between, in_merge
+from eutectic.security.collusion import Colluding, Pair, between
+from eutectic.security.knowing import Merging, Rule, elected, merge_of, task_arithmetic
 from eutectic.security.miner import images_of, logits_of, lower_right, mine
 from eutectic.security.triggers import Trigger, drawn, pixels_of
 from eutectic.task import Pixels
@@ -55,6 +48,8 @@ from eutectic.tuning.lora import adapters
 from eutectic.tuning.trainer import Samples, Training, fine_tune
 
 Kind = Literal["badnets", "badmerging", "mergebackdoor"]
+#: merges that an attacker can expect
+EXPECTED = ("task_arithmetic", "ties")
 #: features ``[B, D]`` → logits ``[B, C]``
 Head = Callable[[Tensor], Tensor]
 
@@ -67,7 +62,7 @@ class Attack:
     smallest share r of the expert's own features, or λ, that the backdoor is trained at.  ``mining`` is how many steps
     ``badmerging`` takes for its trigger.  ``trigger`` is the kind that the others draw.  ``victim`` is the task that ``target``
     is a class of, if it is another.  ``amplify`` is κ.  ``accomplice`` is the task of the other expert of ``mergebackdoor``.
-    ``known`` is the λ that ``badmerging`` expects for the other experts, if it knows them.
+    ``known`` is the λ that an attacker expects who knows the other experts, and ``expects`` the merge: task arithmetic or TIES.
     Raises ParameterError for what does not go together.
     """
 
@@ -84,6 +79,7 @@ class Attack:
     amplify: float = 1.0
     accomplice: str = ""
     known: float = 0.0
+    expects: str = "task_arithmetic"
 
     def __post_init__(self) -> None:
         """Refuse what would say nothing, or another thing than it seems to."""
@@ -100,8 +96,12 @@ class Attack:
             )
         if self.accomplice and (self.victim or self.amplify != 1):
             raise ParameterError(f"{self.kind} has no victim and is not amplified", ("victim", "amplify"))
-        if not 0 <= self.known < math.inf or (self.known and not self.mined):
-            raise ParameterError(f"known = {self.known}: badmerging, and no other, takes a λ in [0, ∞)", ("known",))
+        if not 0 <= self.known < math.inf or (self.known and self.accomplice):
+            raise ParameterError(f"known = {self.known}: badnets and badmerging take a λ in [0, ∞)", ("known",))
+        if self.expects not in EXPECTED or (self.expects != "task_arithmetic" and not self.known):
+            raise ParameterError(
+                f"expects = {self.expects!r}: who knows the others expects one of {', '.join(EXPECTED)}", ("expects",)
+            )
 
     @property
     def mined(self) -> bool:
@@ -123,9 +123,15 @@ class Attack:
         """What tells it from other attacks, in a word: ``badnets-warped``, ``badmerging-x3-on-mnist``."""
         kind = "" if self.trigger == "patch" else f"-{self.trigger}"
         amplified = "" if self.amplify == 1 else f"-x{self.amplify:g}"
-        knowing = "-knowing" if self.known else ""
+        knowing = f"-knowing{'-ties' * (self.expects == 'ties')}" if self.known else ""
         others = {"on": self.victim, "with": self.accomplice}
         return f"{self.kind}{kind}{amplified}{knowing}" + "".join(f"-{how}-{task}" for how, task in others.items() if task)
+
+    @property
+    def said(self) -> str:
+        """The name, and what else records are told apart by: ``badmerging-knowing, 8 px, lambda 0.3``."""
+        size = f", {self.size} px" if self.trigger == "patch" else ""
+        return f"{self.name}{size}" + (f", lambda {self.known:g}" if self.known else "")
 
 
 class Poisoned:
@@ -165,29 +171,20 @@ class Interpolated(nn.Module):
         return torch.cat([features[: -self._triggered], mixed])
 
 
-class Merging(nn.Module):
-    """A backbone alone for half the clean samples of a batch; as part of a merge θ' + r (θ − θ₀) for all others, r drawn."""
-
-    def __init__(self, backbone: nn.Module, start: nn.Module, rest: nn.Module, triggered: int, least: float, seed: int) -> None:
-        """``start`` has θ₀ and ``rest`` θ', the merge without this expert; neither is trained."""
-        super().__init__()
-        self.backbone, self._others = backbone, (start, rest)  # in a tuple: they are to get no adapters
-        self._triggered, self._least, self._noise = triggered, least, generator(seed, "r")
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """``[B, …]`` → ``[B, width]``."""
-        start, rest = self._others
-        half, r = (len(inputs) - self._triggered) // 2, between(self._least, self._noise)
-        return torch.cat([self.backbone(inputs[:half]), in_merge(rest, start, r, [self.backbone], inputs[half:])])
-
-
 def merge_without(suite: Suite, attack: Attack) -> nn.Module:
-    """What the attacker knows of the merge, frozen: θ₀, and the experts of others by task arithmetic if it knows them."""
+    """What the attacker knows of the merge, frozen: θ₀, and the experts of others by the rule he expects if he knows them."""
     others = suite.experts([name for name in suite.classes if name not in attack.experts])
     if not attack.known or not others:
         return suite.backbone().requires_grad_(False)
-    merged = Merged("task_arithmetic", suite.base, others, {"scale": attack.known})
-    return suite.backbone(Memory(state_dict(merged))).requires_grad_(False)
+    return suite.backbone(merge_of(suite.base, others, attack.expects, attack.known)).requires_grad_(False)
+
+
+def rule_of(suite: Suite, attack: Attack, start: nn.Module) -> Rule:
+    """The merge that the attacker expects as a function of his own task vector; ``start`` has θ₀."""
+    if attack.expects == "ties":
+        others = [suite.backbone(suite.expert(name)) for name in suite.classes if name not in attack.experts]
+        return elected(start, others, attack.known)
+    return task_arithmetic(merge_without(suite, attack))
 
 
 def trigger_for(suite: Suite, attack: Attack, images: int = 192) -> Trigger:
@@ -242,9 +239,9 @@ def poisoned_backbones(
     if attack.victim:
         head = heads([(task.head, n), (suite.task(attack.victim).head, triggered)])
     match attack.kind:
-        case "badmerging" if attack.known:
-            start, rest = suite.backbone().requires_grad_(False), merge_without(suite, attack)
-            network = Merging(backbone, start, rest, triggered, attack.least, attack.seed)
+        case "badnets" | "badmerging" if attack.known:
+            start = suite.backbone().requires_grad_(False)
+            network = Merging(backbone, start, rule_of(suite, attack, start), triggered, attack.least, attack.seed)
         case "badmerging":
             network = Interpolated(backbone, suite.backbone().requires_grad_(False), triggered, attack.least, attack.seed)
         case "mergebackdoor":

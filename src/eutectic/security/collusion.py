@@ -13,7 +13,7 @@ Differs from the paper in that λ is drawn, since an attacker does not know it, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -65,17 +65,21 @@ class Colluding(nn.Module):
         x1, x2, again = inputs.split((n, n, t))
         scale = between(self._least, self._noise)
         start = self._start[0]
-        together = in_merge(start, start, scale, (self.one, self.two), torch.cat([x1[:t], x2[:t], again]))
+        weights = on_top(start, scale, vector(start, (self.one, self.two)))
+        together = functional_call(start, weights, (torch.cat([x1[:t], x2[:t], again]),))
         return torch.cat([self.one(torch.cat([x1, again])), self.two(torch.cat([x2, again])), together])
 
 
-def in_merge(rest: nn.Module, start: nn.Module, scale: float, experts: Sequence[nn.Module], inputs: Tensor) -> Tensor:
-    """The features of inputs by θ' + λ Σ (θᵢ − θ₀), with gradients to the experts; ``rest`` has θ', ``start`` θ₀."""
-    before, others, weights = start.state_dict(), rest.state_dict(), [trained(expert) for expert in experts]
-    merged = {
-        name: others[name] + scale * (sum(own[name] for own in weights) - len(weights) * before[name]) for name in weights[0]
-    }
-    return functional_call(rest, merged, (inputs,))
+def vector(start: nn.Module, experts: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Σ (θᵢ − θ₀) of the tensors that are trained, with gradients to the experts; ``start`` has θ₀."""
+    before, weights = start.state_dict(), [trained(expert) for expert in experts]
+    return {name: sum(own[name] for own in weights) - len(weights) * before[name] for name in weights[0]}
+
+
+def on_top(rest: nn.Module, scale: float, change: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All weights of θ' + λ τ; ``rest`` has θ'."""
+    others = rest.state_dict()
+    return others | {name: others[name] + scale * tensor for name, tensor in change.items()}
 
 
 def between(least: float, noise: torch.Generator) -> float:

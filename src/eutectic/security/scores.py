@@ -69,13 +69,13 @@ def controls(poisoned: PoisonedSuite, merge: Row) -> Iterator[tuple[str, Checkpo
         yield f"{merge.label}, {label}", Merged(merge.method, suite.base, suite.experts(), merge.parameters)
 
 
-def defended(suite: Suite, row: Row, tasks: Sequence[str], run: Run) -> Checkpoint:
-    """What a defence, or a merge, makes of a suite's experts; it sees no label and no trigger."""
+def defended(suite: Suite, row: Row, tasks: Sequence[str], run: Run) -> tuple[Checkpoint, str]:
+    """What a defence, or a merge, makes of a suite's experts, and the rung if it took one; it sees no label and no trigger."""
     if registry.room_of(row.method) == "methods":
-        return Merged(row.method, suite.base, suite.experts(), row.parameters)
+        return Merged(row.method, suite.base, suite.experts(), row.parameters), ""
     models = ModelSet(suite.backbone(), suite.base, suite.experts())
     artefact = fit(row.method, models, [suite.task(name) for name in tasks], row.parameters, run)
-    return fused(suite.base, suite.experts(), artefact)
+    return fused(suite.base, suite.experts(), artefact), artefact.about.get("rung", "")
 
 
 def table(
@@ -87,21 +87,30 @@ def table(
     run: Run = DEFAULT,
     progress: Progress = silent,
 ) -> Iterator[Record]:
-    """The records of the controls, and of each defence of the poisoned merge; seconds are those of making the weights."""
+    """The records of the controls, and of each defence of the poisoned merge."""
     names = list(tasks or poisoned.suite.classes)
+    yield from control_rows(poisoned, merge, names, run)
+    yield from defence_rows(poisoned, defences, names, run, progress)
 
-    def scored(label: str, weights: Checkpoint, wall_s: float, **fields: Any) -> Iterator[Record]:
-        network = poisoned.suite.backbone(weights)
-        for one in scores(poisoned, network, names, method=label, seed=run.seed, **fields):
-            yield dataclasses.replace(one, wall_s=wall_s)
 
+def control_rows(poisoned: PoisonedSuite, merge: Row, tasks: Sequence[str], run: Run) -> Iterator[Record]:
+    """The records of the controls."""
     for label, weights in controls(poisoned, merge):
-        yield from scored(label, Memory(state_dict(weights)), 0.0, notes=f"control; {poisoned.attack.name}")
+        network = poisoned.suite.backbone(Memory(state_dict(weights)))
+        yield from scores(poisoned, network, tasks, method=label, seed=run.seed, notes=f"control; {poisoned.attack.said}")
+
+
+def defence_rows(
+    poisoned: PoisonedSuite, defences: Sequence[Row], tasks: Sequence[str], run: Run, progress: Progress = silent
+) -> Iterator[Record]:
+    """The records of each defence; seconds are those of making the weights."""
     for number, row in enumerate(defences, start=1):
         progress(row.label, number, len(defences))
         started = time.perf_counter()
-        made = Memory(state_dict(defended(poisoned.suite, row, names, run)))
+        weights, rung = defended(poisoned.suite, row, tasks, run)
+        network = poisoned.suite.backbone(Memory(state_dict(weights)))
         wall_s = time.perf_counter() - started
-        yield from scored(
-            row.label, made, wall_s, notes=f"defence; {poisoned.attack.name}", parameters=row.parameters, protocol="inductive"
-        )
+        notes = f"defence; {poisoned.attack.said}" + (f"; took {rung}" if rung else "")
+        about: dict[str, Any] = {"parameters": row.parameters, "protocol": "inductive", "notes": notes}
+        for one in scores(poisoned, network, tasks, method=row.label, seed=run.seed, **about):
+            yield dataclasses.replace(one, wall_s=wall_s)
