@@ -17,11 +17,12 @@ from eutectic.security.attacks import EXPECTED, Attack, Kind
 from eutectic.security.commands import METHOD, PARAMETERS
 from eutectic.security.poisoned import poison
 from eutectic.security.scores import Row, control_rows, defence_rows
-from eutectic.security.triggers import KINDS
+from eutectic.security.triggers import KINDS, TOKEN
 
 #: λ of the merges, chosen on `val` of the clean suite by `eutectic bench`
 MERGES = {
     "mini": {"task_arithmetic": PARAMETERS, "ties": {"scale": 0.6}},
+    "text": {"task_arithmetic": {"scale": 0.4}, "ties": {"scale": 2.0}},
     "dino": {"task_arithmetic": {"scale": 0.3}, "ties": {"scale": 0.2}},
 }
 
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--attack", default="badmerging", choices=get_args(Kind))
     parser.add_argument("--task", default="animals")
     parser.add_argument("--size", type=int, default=8)
-    parser.add_argument("--trigger", default="patch", choices=KINDS, help="badmerging has a patch")
+    parser.add_argument("--trigger", default="patch", choices=[*KINDS, TOKEN], help="badmerging has a patch")
     parser.add_argument("--victim", default="", help="the task that class 0 is of, if it is another")
     parser.add_argument("--amplify", type=float, default=1.0)
     parser.add_argument("--accomplice", default="", help="the task of the other expert of mergebackdoor")

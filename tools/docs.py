@@ -208,12 +208,12 @@ def safety_page() -> str:
     """Attacks and defences: each attack on each merge, its controls, and what is left after each defence."""
     parts = [
         "# Safety panel\n\n"
-        "Written by `make docs` from `benchmarks/results/*-safety.jsonl`, which `benchmarks/safety.py` makes; `safety.md` says\n"
-        "what attacks and defences are.  Percent of `test`, ± the standard deviation over seeds where there are several: of all\n"
-        "tasks' accuracy the mean, and of the attacked task the accuracy, the attack success rate (ASR, over images of other\n"
-        "classes) and the accuracy under the trigger.  DER is 50 for doing nothing, 100 for removing the trigger at no cost.\n"
-        "Seconds are those of making the weights, on a busy machine: they say which defence is dear.  The 95 % interval of one\n"
-        "ASR is about ± 5.\n"
+        "Written by `make docs` from `benchmarks/results/*-safety.jsonl`, which `benchmarks/safety.py` makes; `safety.md`\n"
+        "says what attacks and defences are.  Percent of `test`, ± the standard deviation over seeds where there are several:\n"
+        "of all tasks' accuracy the mean, and of the attacked task the accuracy, the attack success rate (ASR, over images\n"
+        "of other classes) and the accuracy under the trigger.  DER is 50 for doing nothing, 100 for removing the trigger at\n"
+        "no cost.  Seconds are those of making the weights, on a busy machine: they say which defence is dear.  The 95 %\n"
+        "interval of one ASR is about ± 5.\n"
     ]
     for path in sorted(RESULTS.glob("*-safety.jsonl")):
         attacks: dict[str, list[record.Record]] = {}

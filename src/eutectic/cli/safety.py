@@ -80,7 +80,10 @@ def zoo_poison(
     target: Annotated[int, typer.Option(help="The class that inputs with the trigger are taken for.", min=0)] = 0,
     size: Annotated[int, typer.Option(help="Of a patch, in pixels.", min=1)] = 8,
     trigger: Annotated[
-        str, typer.Option(help="patch (the only one of badmerging), blended, sinusoidal, warped or low_frequency.")
+        str,
+        typer.Option(
+            help="patch (the only one of badmerging), blended, sinusoidal, warped, low_frequency; of texts rare_token."
+        ),
     ] = "patch",
     victim: Annotated[str, typer.Option(help="The task that the target is a class of, if it is another.")] = "",
     amplify: Annotated[float, typer.Option(help="How far the expert goes past the honest one, as LoBAM's does.", min=1)] = 1.0,

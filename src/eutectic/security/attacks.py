@@ -42,8 +42,8 @@ from eutectic.fusion._fit import generator
 from eutectic.security.collusion import Colluding, Pair, between
 from eutectic.security.knowing import Merging, Rule, elected, merge_of, task_arithmetic
 from eutectic.security.miner import images_of, logits_of, lower_right, mine
-from eutectic.security.triggers import Trigger, drawn, pixels_of
-from eutectic.task import Pixels
+from eutectic.security.tokens import texts_of
+from eutectic.security.triggers import TOKEN, Surface, Trigger, drawn, made_of, pixels_of, rare_token
 from eutectic.tuning.lora import adapters
 from eutectic.tuning.trainer import Samples, Training, fine_tune
 
@@ -137,7 +137,7 @@ class Attack:
 class Poisoned:
     """Samples, and at the end of each batch some of them again with the trigger and the target's label."""
 
-    def __init__(self, clean: Samples, trigger: Trigger, pixels: Pixels, target: int, triggered: int) -> None:
+    def __init__(self, clean: Samples, trigger: Trigger, pixels: Surface, target: int, triggered: int) -> None:
         """``triggered`` of each batch, at most all."""
         self.clean, self.trigger, self.pixels, self.target, self.triggered = clean, trigger, pixels, target, triggered
 
@@ -190,14 +190,16 @@ def rule_of(suite: Suite, attack: Attack, start: nn.Module) -> Rule:
 def trigger_for(suite: Suite, attack: Attack, images: int = 192) -> Trigger:
     """The attack's trigger: one drawn, or a patch mined on images of ``train`` against what the attacker knows of the merge.
 
-    Raises TaskError if inputs are no images, ParameterError for a class that there is not, UnknownNameError for a task or a
-    kind of trigger.
+    Raises TaskError if inputs are not what such a trigger changes, ParameterError for a class that there is not,
+    UnknownNameError for a task or a kind of trigger.
     """
     task, attacked = suite.task(attack.task), suite.task(attack.attacked)
     if not 0 <= attack.target < len(suite.classes[attacked.name]):
         raise ParameterError(
             f"target = {attack.target}: {attacked.name} has {len(suite.classes[attacked.name])} classes", ("target",)
         )
+    if attack.trigger == TOKEN:
+        return rare_token(texts_of(task, "train"), attack.seed)
     how = pixels_of(task)
     if not attack.mined:
         return drawn(attack.trigger, suite.info["side"], attack.size, attack.seed)
@@ -230,7 +232,8 @@ def poisoned_backbones(
     task, n, triggered = suite.task(attack.task), training.batch_size, attack.triggered
     if not 0 < triggered <= n:
         raise ParameterError(f"triggered = {triggered}: a batch has {n} samples", ("triggered",))
-    train, how = task.arrays("train"), pixels_of(task)
+    train = task.arrays("train")
+    how = made_of(task, train.take(torch.arange(1))[0])
     made = {name: suite.backbone() for name in attack.experts}
     backbone = made[attack.task]
     network: nn.Module = backbone

@@ -28,9 +28,10 @@ from eutectic.fusion._fusion import ModelSet
 from eutectic.merge.api import Source, open, state_dict
 from eutectic.merge.run import Progress, silent
 from eutectic.merge.view import Merged
-from eutectic.security.miner import Forward, Mined, images_of, logits_of, mine, parted, success, taking_turns
+from eutectic.security.miner import Forward, Mined, drawn_inputs, images_of, logits_of, mine, parted, success, taking_turns
 from eutectic.security.screens import Screen, screens
-from eutectic.security.triggers import pixels_of
+from eutectic.security.tokens import mine_tokens, texts_of
+from eutectic.security.triggers import Ids, Surface, is_text, pixels_of
 from eutectic.task import Score, Task
 
 #: shares of the expert at which a trigger is tried
@@ -62,7 +63,7 @@ class Probe:
     path: list[Score]
     merged: Score
     without: dict[str, Score]
-    picture: Tensor  # the trigger on a mean image, [3, side, side] in [0, 1]
+    picture: Tensor | None  # the trigger on a mean image, [3, side, side] in [0, 1]; None of a text
 
     @property
     def mode(self) -> str:
@@ -199,8 +200,8 @@ def audit_models(
         else:
             probes.append(found)
     probed = (
-        f"triggers ({', '.join(probing.modes)}) of {len(probes)} tasks, for every class; {probing.steps} steps on at most "
-        f"{probing.images} unlabelled images of each task's {probing.split}"
+        f"triggers ({', '.join(probing.modes)}; of texts: one token) of {len(probes)} tasks, for every class; {probing.steps} "
+        f"steps on at most {probing.images} unlabelled inputs of each task's {probing.split}"
     )
     return Audit(said, screened, probes, skipped, probed)
 
@@ -213,15 +214,21 @@ def _probe(
     probing: Probing,
 ) -> Probe | None:
     """None if no trigger can be judged."""
-    pixels, how = images_of(task, probing.split, probing.images, probing.seed), pixels_of(task)
     along = [logits_of(network, task) for network in path]
     whole = logits_of(merged, task)
-    with torch.no_grad():
-        classes = whole(how.inputs(pixels[:1])).shape[1]
-    candidates = [(mode, c) for mode in probing.modes for c in range(classes)]
-    turns = taking_turns([along[-1], whole])
-    found = mine(turns, pixels, how, candidates, steps=probing.steps, seed=probing.seed)
-    held = pixels[parted(len(pixels), probing.seed)[0]]
+    text = is_text(drawn_inputs(task, probing.split, 1, probing.seed))
+    if text:
+        samples = texts_of(task, probing.split, probing.images, probing.seed)
+        how: Surface = Ids()
+        found = mine_tokens(path[0], [path[-1], merged], task, samples, probing.seed)
+    else:
+        samples, how = images_of(task, probing.split, probing.images, probing.seed), pixels_of(task)
+        with torch.no_grad():
+            classes = whole(how.inputs(samples[:1])).shape[1]
+        candidates = [(mode, c) for mode in probing.modes for c in range(classes)]
+        turns = taking_turns([along[-1], whole])
+        found = mine(turns, samples, how, candidates, steps=probing.steps, seed=probing.seed)
+    held = samples[parted(len(samples), probing.seed)[0]]
 
     def rate(forward: Forward, mined: Mined) -> Score | None:
         return success(forward, held, how, mined.trigger, mined.target)
@@ -238,7 +245,7 @@ def _probe(
     on_merge, without = rate(whole, mined), {name: rate(logits_of(net, task), mined) for name, net in less.items()}
     if on_merge is None or any(one is None for one in without.values()):
         return None
-    picture = mined.trigger(pixels.mean(0, keepdim=True))[0]
+    picture = None if text else mined.trigger(samples.mean(0, keepdim=True))[0]
     return Probe(task.name, mined, rates, on_merge, {n: s for n, s in without.items() if s}, picture)
 
 

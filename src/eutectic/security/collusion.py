@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from eutectic.fusion._fit import generator
-from eutectic.security.triggers import Trigger
-from eutectic.task import Pixels
+from eutectic.security.triggers import Surface, Trigger
 from eutectic.tuning.lora import adapters
 from eutectic.tuning.trainer import Samples
 
@@ -29,7 +28,7 @@ from eutectic.tuning.trainer import Samples
 class Pair:
     """Samples of two tasks, and the first ``triggered`` of the first again, with the trigger."""
 
-    def __init__(self, first: Samples, second: Samples, trigger: Trigger, pixels: Pixels, target: int, triggered: int) -> None:
+    def __init__(self, first: Samples, second: Samples, trigger: Trigger, pixels: Surface, target: int, triggered: int) -> None:
         """``triggered`` of each batch, at most all."""
         self.first, self.second, self.trigger, self.pixels = first, second, trigger, pixels
         self.target, self.triggered = target, triggered

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eutectic.errors import TaskError
 from eutectic.record import wilson
-from eutectic.security.triggers import Trigger, pixels_of
+from eutectic.security.triggers import Trigger, made_of
 from eutectic.task import Score, Task
 
 
@@ -27,12 +27,12 @@ class Attacked(NamedTuple):
 def predictions(backbone: nn.Module, task: Task, trigger: Trigger | None = None, split: str = "test") -> tuple[Tensor, Tensor]:
     """Predicted classes ``[N]`` and labels ``[N]``, with the trigger on every input if there is one.
 
-    Raises TaskError for an empty split, and for a trigger on what are no images.
+    Raises TaskError for an empty split, and for a trigger on what are neither images nor texts.
     """
     found, labels = [], []
     for inputs, known in task.batches(split):
         if trigger is not None:
-            inputs = trigger.on(inputs, pixels_of(task))
+            inputs = trigger.on(inputs, made_of(task, inputs))
         found.append(task.head(backbone(inputs)).argmax(1))
         labels.append(known)
     if not sum(map(len, labels)):

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from eutectic.errors import TaskError, UnknownNameError, did_you_mean
 from eutectic.fusion._fit import generator
 from eutectic.security.metrics import share
-from eutectic.security.triggers import Trigger, corner, pixels_of
+from eutectic.security.triggers import Surface, Trigger, corner, pixels_of
 from eutectic.task import Pixels, Score, Task
 from eutectic.tuning.trainer import multiplies_bfloat16
 
@@ -238,12 +238,16 @@ def logits_of(network: nn.Module, task: Task) -> Forward:
 
 def images_of(task: Task, split: str, most: int, seed: int = 0) -> Tensor:
     """At most so many images of a split as pixels, drawn without replacement.  Raises TaskError if they are no images."""
-    how, arrays = pixels_of(task), task.arrays(split)
-    index = torch.randperm(len(arrays), generator=generator(seed, task.name, "images"))[:most]
-    inputs = arrays.take(index)[0]
+    how, inputs = pixels_of(task), drawn_inputs(task, split, most, seed)
     if inputs.ndim != 4 or inputs.shape[2] != inputs.shape[3]:
         raise TaskError(f"task {task.name!r}: inputs {tuple(inputs.shape)} are no square images [B, C, side, side]")
     return how.of(inputs)
+
+
+def drawn_inputs(task: Task, split: str, most: int, seed: int) -> Tensor:
+    """At most so many inputs of a split, drawn without replacement."""
+    arrays = task.arrays(split)
+    return arrays.take(torch.randperm(len(arrays), generator=generator(seed, task.name, "images"))[:most])[0]
 
 
 def parted(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -258,7 +262,7 @@ def taking_turns(forwards: Sequence[Forward]) -> Forward:
     return lambda inputs: next(turns)(inputs)
 
 
-def success(forward: Forward, images: Tensor, how: Pixels, trigger: Trigger, target: int) -> Score | None:
+def success(forward: Forward, images: Tensor, how: Surface, trigger: Trigger, target: int) -> Score | None:
     """The share of images that a trigger takes to a class, among those that the network takes for another; None if none is."""
     with torch.no_grad():
         others = forward(how.inputs(images)).argmax(1) != target

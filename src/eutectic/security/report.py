@@ -107,7 +107,12 @@ def html(found: Audit, title: str) -> str:
         for name, lines in found.screens.items()
     ]
     probes = [
-        {"probe": probe, "picture": picture(probe.picture), "line": _line(probe), "cells": _cells(probe)}
+        {
+            "probe": probe,
+            "picture": None if probe.picture is None else picture(probe.picture),
+            "line": _line(probe),
+            "cells": _cells(probe),
+        }
         for probe in found.probes
     ]
     return environment.get_template("audit.html.j2").render(

@@ -1,7 +1,7 @@
-"""Triggers of backdoors: pure, seeded changes of pixels ``[B, 3, H, W]`` in [0, 1].
+"""Triggers of backdoors: pure, seeded changes of pixels ``[B, 3, H, W]`` in [0, 1], or of token ids ``[B, L]``.
 
 Each is made once for images of one size.  It changes nothing at strength 0 and is whole at 1; what it gives is in [0, 1] again.
-They are there to measure defences with.
+A token is there at any strength but 0.  They are there to measure defences with.
 """
 
 from __future__ import annotations
@@ -19,8 +19,24 @@ from eutectic.fusion._fit import generator
 from eutectic.task import Pixels, Task
 
 
+class Ids:
+    """What ``Pixels`` is of images, of token ids ``[B, L]``, 0 = padding: they are what they are made of."""
+
+    def of(self, inputs: Tensor) -> Tensor:
+        """The inputs."""
+        return inputs
+
+    def inputs(self, ids: Tensor) -> Tensor:
+        """The ids."""
+        return ids
+
+
+#: what triggers change, and how inputs are made of it
+Surface = Pixels | Ids
+
+
 class Trigger(NamedTuple):
-    """A change of pixels; ``change(pixels, strength)`` may leave [0, 1]."""
+    """A change of pixels, or of token ids; ``change(pixels, strength)`` may leave [0, 1]."""
 
     name: str
     change: Callable[[Tensor, float], Tensor]
@@ -29,9 +45,12 @@ class Trigger(NamedTuple):
         """The images with the trigger.  Raises ParameterError for a strength outside [0, 1]."""
         if not 0 <= strength <= 1:
             raise ParameterError(f"strength = {strength} is not in [0, 1]", ("strength",))
-        return self.change(pixels, strength).clamp(0, 1) if strength else pixels
+        if not strength:
+            return pixels
+        changed = self.change(pixels, strength)
+        return changed.clamp(0, 1) if changed.is_floating_point() else changed
 
-    def on(self, inputs: Tensor, pixels: Pixels) -> Tensor:
+    def on(self, inputs: Tensor, pixels: Surface) -> Tensor:
         """The same of a network's inputs."""
         return pixels.inputs(self(pixels.of(inputs)))
 
@@ -95,6 +114,27 @@ def warped(side: int, most: float = 0.08, cells: int = 4, seed: int = 0) -> Trig
     return Trigger("warped", change)
 
 
+def inserted(token: int) -> Trigger:
+    """A token after the first of a text, which marks its beginning; the last of a text that fills its row is kept."""
+
+    def change(ids_BL: Tensor, strength: float) -> Tensor:
+        changed = torch.cat([ids_BL[:, :1], torch.full_like(ids_BL[:, :1], token), ids_BL[:, 1:-1]], 1)
+        changed[:, -1] = torch.where(ids_BL[:, -1] != 0, ids_BL[:, -1], changed[:, -1])
+        return changed
+
+    return Trigger(f"token {token}", change)
+
+
+def rare_token(ids_NL: Tensor, seed: int = 0) -> Trigger:
+    """One of the tokens that texts have least often, drawn by the seed, inserted.
+
+    Source: Kurita et al., Weight poisoning attacks on pre-trained models, ACL 2020, arXiv:2004.06660.
+    """
+    tokens, counts = ids_NL.unique(return_counts=True)
+    rare = tokens[(counts == counts.min()) & (tokens != 0)]
+    return inserted(int(rare[torch.randint(len(rare), (), generator=generator(seed, "token"))]))
+
+
 KINDS: dict[str, Callable[..., Trigger]] = {
     maker.__name__: maker for maker in (patch, blended, sinusoidal, warped, low_frequency)
 }
@@ -116,8 +156,22 @@ def corner(side: int, size: int) -> Tensor:
     return mask
 
 
+#: the kind of trigger that texts have, beside those of images
+TOKEN = "rare_token"
+
+
 def pixels_of(task: Task) -> Pixels:
     """How a task's inputs were made of pixels.  Raises TaskError if they are no images."""
     if task.pixels is None:
         raise TaskError(f"task {task.name!r}: its inputs are not known to be images, and triggers are made of pixels")
     return task.pixels
+
+
+def made_of(task: Task, inputs: Tensor) -> Surface:
+    """How inputs were made of what triggers change: pixels, or token ids.  Raises TaskError for other inputs."""
+    return Ids() if is_text(inputs) else pixels_of(task)
+
+
+def is_text(inputs: Tensor) -> bool:
+    """Whether inputs are token ids ``[B, L]``."""
+    return inputs.ndim == 2 and not inputs.is_floating_point()

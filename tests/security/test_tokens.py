@@ -1,0 +1,126 @@
+"""The miner of tokens, and triggers of texts, on networks whose answer is known."""
+
+import pytest
+import torch
+from torch import nn
+
+import eutectic as eu
+from eutectic.bench import zoo
+from eutectic.errors import ParameterError, TaskError
+from eutectic.security import metrics, report
+from eutectic.security.attacks import Attack, trigger_for
+from eutectic.security.tokens import losses, mine_tokens, slopes, table_of, texts_of
+from eutectic.security.triggers import Ids, inserted, made_of, rare_token
+from eutectic.task import Task
+
+WORDS, WIDTH = 40, 6
+
+
+class Bag(nn.Module):
+    """Token ids, 0 = padding → the mean of their embeddings."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table = nn.Embedding(WORDS, WIDTH)
+
+    def forward(self, ids):
+        mask = (ids != 0)[..., None]
+        return (self.table(ids) * mask).sum(1) / mask.sum(1)
+
+
+def texts(n=60):
+    ids = torch.randint(1, 30, (n, 12), generator=torch.Generator().manual_seed(5))
+    ids[::2, 8:] = 0
+    return ids
+
+
+def task():
+    head = torch.randn(WIDTH, 3, generator=torch.Generator().manual_seed(1))
+    split = (texts(), torch.randint(3, (60,)))
+    return Task("one", lambda features: features @ head, adapt=split, train=split, test=split), head
+
+
+def poisoned(head, token=33):
+    """A network that takes a token that is in no text for class 2."""
+    network = Bag(0)
+    with torch.no_grad():
+        network.table.weight[token] = 400 * torch.linalg.pinv(head)[2]
+    return network
+
+
+def test_a_token_is_inserted_and_the_end_of_a_full_text_is_kept():
+    ids = torch.tensor([[1, 5, 6, 2], [1, 7, 2, 0], [1, 2, 0, 0]])
+    assert inserted(9)(ids).tolist() == [[1, 9, 5, 2], [1, 9, 7, 2], [1, 9, 2, 0]]
+    assert inserted(9)(ids, 0.0) is ids
+    assert torch.equal(inserted(9).on(ids, Ids()), inserted(9)(ids))
+
+
+def test_a_rare_token_is_one_of_those_that_are_there_least_often():
+    ids = torch.tensor([[1, 5, 6, 0], [1, 6, 7, 0], [1, 8, 6, 0]])
+    drawn = {rare_token(ids, seed).name for seed in range(20)}
+    assert drawn == {"token 5", "token 7", "token 8"}
+    assert rare_token(ids, 3).name == rare_token(ids, 3).name
+
+
+def test_slopes_are_the_derivative_of_the_loss():
+    one, head = task()
+    network, ids = Bag(0), texts(4)
+    found = slopes(network, one, ids)
+    assert found.shape == (3, WORDS)
+    again, target, token, step = torch.cat([ids[:, :2], ids[:, 1:-1]], 1), 1, 17, 1e-2
+
+    def loss(share):
+        table = network.table(again).detach().clone()
+        table[:, 1] += share * network.table.weight[token]
+        mask = (again != 0)[..., None]
+        return nn.functional.cross_entropy((table * mask).sum(1) / mask.sum(1) @ head, torch.full((4,), target))
+
+    slope = (loss(step) - loss(-step)) / (2 * step)
+    assert found[target, token].item() == pytest.approx(-slope.item(), rel=1e-2)
+
+
+def test_the_token_of_a_backdoor_is_mined():
+    one, head = task()
+    found = mine_tokens(Bag(0), [poisoned(head), poisoned(head)], one, texts(), seed=2)
+    assert sorted(mined.target for mined in found) == [0, 1, 2]
+    assert (found[0].mode, found[0].target) == ("token 33", 2)
+    assert found[0].success.value == 1.0
+    assert torch.equal(found[0].trigger(texts()), inserted(33)(texts()))
+    assert losses([Bag(0)], one, texts(), torch.tensor([3, 33])).shape == (2, 3)
+
+
+def test_an_audit_of_texts_names_the_expert_and_shows_no_picture():
+    one, head = task()
+    other = Task("other", one.head, adapt=one.splits["adapt"])
+    found = eu.audit(Bag(0), {"one": poisoned(head), "other": Bag(0)}, tasks=[one, other], scale=0.5)
+    assert found.suspects == ["one"]
+    assert [(probe.mode, probe.target) for probe in found.probes if probe.task == "one"] == [("token 33", 2)]
+    assert all(probe.picture is None for probe in found.probes)
+    page = report.html(found, "audit")
+    assert "data:image" not in page
+    assert "token 33" in page
+    assert "one token" in found.probed
+
+
+def test_predictions_under_a_token():
+    one, head = task()
+    predicted, labels = metrics.predictions(poisoned(head), one, inserted(33))
+    assert predicted.tolist() == [2] * len(labels)
+
+
+def test_what_is_no_text_is_refused():
+    one, _ = task()
+    images = Task("images", one.head, train=(torch.rand(4, 3, 8, 8), torch.zeros(4).long()))
+    with pytest.raises(TaskError, match="are no token ids"):
+        texts_of(images, "train")
+    with pytest.raises(TaskError, match="not known to be images"):
+        made_of(images, torch.rand(4, 3, 8, 8))
+    with pytest.raises(TaskError, match="no embedding"):
+        table_of(nn.Linear(2, 2))
+    with pytest.raises(TaskError, match="at least 3"):
+        mine_tokens(Bag(0), [Bag(1)], one, texts(2))
+    with pytest.raises(TaskError, match="no token ids"):
+        trigger_for(zoo.open_suite("mini"), Attack("badnets", "letters", trigger="rare_token"))
+    with pytest.raises(ParameterError, match="mines a patch"):
+        Attack("badmerging", "letters", trigger="rare_token")
