@@ -233,7 +233,10 @@ def _attacked(found: Sequence[record.Record]) -> str:
         changed = ", ".join(f"{name} {one.parameters[name]}" for name in sorted(kept))
         cell = rows.setdefault(one.method + (f" ({changed})" if changed else ""), {}).setdefault(one.seed or 0, {})
         if one.task in (task, "mean"):
-            cell["mean" if one.task == "mean" else one.metric] = 100 * one.value
+            metric = "mean" if one.task == "mean" else one.metric
+            if metric in cell:
+                raise ValueError(f"{one.suite}, {one.method}, seed {one.seed}: {metric} is on record twice, {one.notes}")
+            cell[metric] = 100 * one.value
             cell["seconds"] = one.wall_s or 0.0
     lines = [
         "| network | seeds | mean | " + task + " | ASR | under the trigger | DER | s |",

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from tests.bench.cuts import cut
+from torch import nn
 
 import eutectic as eu
 from eutectic.bench import zoo
@@ -19,7 +20,7 @@ from eutectic.checkpoint.publish import POISONED
 from eutectic.errors import OutputError, ParameterError, TaskError, UnknownNameError
 from eutectic.fusion._fit import generator
 from eutectic.merge.view import Merged
-from eutectic.security import attacks, miner, scores
+from eutectic.security import attacks, knowing, miner, scores
 from eutectic.security.attacks import (
     Attack,
     Interpolated,
@@ -301,14 +302,56 @@ def test_who_expects_ties_is_trained_in_the_very_merge(rank):
     for network in (start, *others):
         network.requires_grad_(False)
     merged = elected(start, others, scale=0.4)(vector(start, [own]), 0.1)
-    sum(tensor.sum() for tensor in merged.values()).backward()
-    gradients = [tensor.grad for tensor in own.parameters() if tensor.requires_grad]
-    assert any(gradient.abs().sum() > 0 for gradient in gradients)
     fold(own)
     experts = {str(at): Memory(one.state_dict()) for at, one in enumerate((own, *others))}
     expected = eu.state_dict(Merged("ties", Memory(start.state_dict()), experts, {"scale": 0.24}))
     assert merged.keys() == expected.keys()
     assert all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in expected)
+
+
+def test_an_entry_of_a_ties_merge_follows_its_expert_where_it_is_elected(monkeypatch):
+    one = {"weight": torch.tensor([[2.0, -3.0, 0.1, 1.0]]).requires_grad_()}
+    start, other = nn.Linear(4, 1, bias=False).requires_grad_(False), nn.Linear(4, 1, bias=False).requires_grad_(False)
+    start.weight.zero_()
+    other.weight.copy_(torch.tensor([[4.0, 1.0, 0.2, -1.0]]))
+    monkeypatch.setattr(knowing, "DENSITY", 0.75)
+    merged = elected(start, [other], scale=2.0)(one, 0.0)["weight"]
+    assert merged.tolist() == [[3.0, -3.0, 0.0, 0.0]]  # the mean, the heavier side, trimmed by both, and a vote that cancels
+    merged.sum().backward()
+    assert one["weight"].grad.tolist() == [[0.5, 1.0, 0.0, 0.0]]
+
+
+class Renamed(nn.Module):
+    """A backbone whose state dict has other names than its modules, as that of texts."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.inner = small(0, False, seed)
+
+    def forward(self, x):
+        return self.inner(x)
+
+    def state_dict(self, *args, **kwargs):
+        return self.inner.state_dict(*args, **kwargs)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("expects", ["task_arithmetic", "ties"])
+def test_names_of_a_state_dict_may_be_others_than_those_of_modules(rank, expects):
+    own, start, other = Renamed(0), Renamed(0).requires_grad_(False), Renamed(1).requires_grad_(False)
+    if rank:
+        attach(own, rank, 6.0, 0)
+        for _, one in adapters(own):
+            nn.init.normal_(one.B)
+    else:
+        for tensor in own.parameters():
+            nn.init.normal_(tensor)
+    rule = elected(start, [other], 0.5) if expects == "ties" else task_arithmetic(other)
+    x = torch.randn(4, 4)
+    features = Merging(own, start, rule, triggered=2, least=0.5, seed=0)(x)
+    features[1:].sum().backward()
+    assert all(tensor.grad.abs().sum() > 0 for tensor in own.parameters() if tensor.requires_grad)
+    assert not torch.allclose(features[1:], start(x[1:]))
 
 
 def test_two_colluding_experts_are_replaced_and_kept_in_the_cache(suite):

@@ -10,7 +10,7 @@ from eutectic.errors import ParameterError, TaskError
 from eutectic.security import metrics, report
 from eutectic.security.attacks import Attack, trigger_for
 from eutectic.security.tokens import losses, mine_tokens, slopes, table_of, texts_of
-from eutectic.security.triggers import Ids, inserted, made_of, rare_token
+from eutectic.security.triggers import Ids, inserted, made_of, rare_token, with_second
 from eutectic.task import Task
 
 WORDS, WIDTH = 40, 6
@@ -60,6 +60,7 @@ def test_a_rare_token_is_one_of_those_that_are_there_least_often():
     ids = torch.tensor([[1, 5, 6, 0], [1, 6, 7, 0], [1, 8, 6, 0]])
     drawn = {rare_token(ids, seed).name for seed in range(20)}
     assert drawn == {"token 5", "token 7", "token 8"}
+    assert rare_token(torch.tensor([[1, 5, 5, 0], [1, 5, 1, 1]])).name == "token 5"  # padding is rarer, and no token
     assert rare_token(ids, 3).name == rare_token(ids, 3).name
 
 
@@ -68,7 +69,7 @@ def test_slopes_are_the_derivative_of_the_loss():
     network, ids = Bag(0), texts(4)
     found = slopes(network, one, ids)
     assert found.shape == (3, WORDS)
-    again, target, token, step = torch.cat([ids[:, :2], ids[:, 1:-1]], 1), 1, 17, 1e-2
+    again, target, token, step = with_second(ids, ids[:, 1:2]), 1, 17, 1e-2
 
     def loss(share):
         table = network.table(again).detach().clone()
@@ -87,7 +88,23 @@ def test_the_token_of_a_backdoor_is_mined():
     assert (found[0].mode, found[0].target) == ("token 33", 2)
     assert found[0].success.value == 1.0
     assert torch.equal(found[0].trigger(texts()), inserted(33)(texts()))
-    assert losses([Bag(0)], one, texts(), torch.tensor([3, 33])).shape == (2, 3)
+    under = losses([Bag(0), poisoned(head)], one, texts(), torch.tensor([3, 33]))
+    single = [-one.head(network(inserted(33)(texts()))).log_softmax(1).mean(0) for network in (Bag(0), poisoned(head))]
+    assert torch.allclose(under[1], (single[0] + single[1]) / 2, rtol=0.05)  # bfloat16 where the processor has it
+
+
+def test_the_table_is_the_one_that_tokens_are_looked_up_in():
+    class Placed(Bag):
+        def __init__(self):
+            super().__init__(0)
+            self.places = nn.Embedding(100, WIDTH)  # more of them than words
+
+        def forward(self, ids):
+            ids = ids[:, : int((ids != 0).sum(1).max())]
+            return super().forward(ids) + self.places(torch.arange(ids.shape[1]).expand_as(ids)).mean(1)
+
+    network = Placed()
+    assert table_of(network, texts()[::2]) is network.table
 
 
 def test_an_audit_of_texts_names_the_expert_and_shows_no_picture():
@@ -101,6 +118,19 @@ def test_an_audit_of_texts_names_the_expert_and_shows_no_picture():
     assert "data:image" not in page
     assert "token 33" in page
     assert "one token" in found.probed
+
+
+@pytest.mark.parametrize("defence", ["attribution_gate", {"method": "tbar", "parameters": {"lr": 5.0, "budget": 1.0}}])
+def test_defences_that_go_by_the_audit_take_texts(defence):
+    one, head = task()
+    other = Task("other", one.head, adapt=one.splits["adapt"])
+    experts = {"one": poisoned(head), "other": Bag(0)}
+    found = eu.fuse("task_arithmetic", Bag(0), experts, tasks=[one, other], scale=0.5, defend=defence)
+    merge = Bag(0)
+    merge.load_state_dict(eu.state_dict(eu.merge("task_arithmetic", Bag(0), experts, scale=0.5)))
+    before, after = (metrics.attacked(net, one, inserted(33), 2).asr.value for net in (merge, found))
+    assert before == 1.0
+    assert after < 0.5
 
 
 def test_predictions_under_a_token():
@@ -117,7 +147,11 @@ def test_what_is_no_text_is_refused():
     with pytest.raises(TaskError, match="not known to be images"):
         made_of(images, torch.rand(4, 3, 8, 8))
     with pytest.raises(TaskError, match="no embedding"):
-        table_of(nn.Linear(2, 2))
+        table_of(nn.Identity(), texts(2))
+    with pytest.raises(TaskError, match="no room"):
+        inserted(9)(torch.tensor([[1, 2]]))
+    with pytest.raises(TaskError, match="without a token"):
+        rare_token(torch.zeros(2, 4).long())
     with pytest.raises(TaskError, match="at least 3"):
         mine_tokens(Bag(0), [Bag(1)], one, texts(2))
     with pytest.raises(TaskError, match="no token ids"):

@@ -62,7 +62,8 @@ class Attack:
     smallest share r of the expert's own features, or λ, that the backdoor is trained at.  ``mining`` is how many steps
     ``badmerging`` takes for its trigger.  ``trigger`` is the kind that the others draw.  ``victim`` is the task that ``target``
     is a class of, if it is another.  ``amplify`` is κ.  ``accomplice`` is the task of the other expert of ``mergebackdoor``.
-    ``known`` is the λ that an attacker expects who knows the other experts, and ``expects`` the merge: task arithmetic or TIES.
+    ``known`` is the λ that an attacker expects who knows the other experts, and ``expects`` the merge: task arithmetic or TIES,
+    of which he draws the scale, (½ + r) λ.
     Raises ParameterError for what does not go together.
     """
 
@@ -129,7 +130,7 @@ class Attack:
 
     @property
     def said(self) -> str:
-        """The name, and what else records are told apart by: ``badmerging-knowing, 8 px, lambda 0.3``."""
+        """The name, and what else there is to say of the trigger and λ: ``badmerging-knowing, 8 px, lambda 0.3``."""
         size = f", {self.size} px" if self.trigger == "patch" else ""
         return f"{self.name}{size}" + (f", lambda {self.known:g}" if self.known else "")
 

@@ -199,9 +199,11 @@ def audit_models(
             skipped.append(f"{task.name}: the networks take every held-out image for one class, so there is nothing to turn")
         else:
             probes.append(found)
+    kinds = [*probing.modes] * any(probe.picture is not None for probe in probes)
+    kinds += ["one token"] * any(probe.picture is None for probe in probes)
     probed = (
-        f"triggers ({', '.join(probing.modes)}; of texts: one token) of {len(probes)} tasks, for every class; {probing.steps} "
-        f"steps on at most {probing.images} unlabelled inputs of each task's {probing.split}"
+        f"triggers ({', '.join(kinds)}) of {len(probes)} tasks, for every class; on at most {probing.images} unlabelled inputs "
+        f"of each task's {probing.split}, images with {probing.steps} steps"
     )
     return Audit(said, screened, probes, skipped, probed)
 

@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from eutectic.fusion._fit import generator
 from eutectic.security.triggers import Surface, Trigger
-from eutectic.tuning.lora import adapters
+from eutectic.tuning.lora import LoraLinear
 from eutectic.tuning.trainer import Samples
 
 
@@ -70,14 +70,17 @@ class Colluding(nn.Module):
 
 
 def vector(start: nn.Module, experts: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Σ (θᵢ − θ₀) of the tensors that are trained, with gradients to the experts; ``start`` has θ₀."""
-    before, weights = start.state_dict(), [trained(expert) for expert in experts]
+    """Σ (θᵢ − θ₀) of the tensors that are trained, with gradients to the experts; ``start`` has θ₀.
+
+    Names are paths in the module, as ``functional_call`` wants them; those of a state dict can differ.
+    """
+    before, weights = dict(start.named_parameters()), [trained(expert) for expert in experts]
     return {name: sum(own[name] for own in weights) - len(weights) * before[name] for name in weights[0]}
 
 
 def on_top(rest: nn.Module, scale: float, change: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All weights of θ' + λ τ; ``rest`` has θ'."""
-    others = rest.state_dict()
+    others = {**dict(rest.named_parameters()), **dict(rest.named_buffers())}
     return others | {name: others[name] + scale * tensor for name, tensor in change.items()}
 
 
@@ -88,7 +91,7 @@ def between(least: float, noise: torch.Generator) -> float:
 
 def trained(backbone: nn.Module) -> dict[str, Tensor]:
     """The tensors that are trained as they are in the network, adapters multiplied out, with their gradients."""
-    attached = dict(adapters(backbone))
+    attached = {name: module for name, module in backbone.named_modules() if isinstance(module, LoraLinear)}
     if not attached:
         return dict(backbone.named_parameters())
     return {f"{name}.weight": one.linear.weight + one.scaling * one.B @ one.A for name, one in attached.items()}

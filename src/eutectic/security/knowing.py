@@ -63,20 +63,23 @@ def task_arithmetic(rest: nn.Module) -> Rule:
 
 
 def elected(start: nn.Module, others: Sequence[nn.Module], scale: float) -> Rule:
-    """TIES (density 0.2 over the model) of the task vectors of others, and of one more; ``start`` has θ₀."""
+    """TIES (density 0.2 over the model) of the task vectors of others, and of one more; ``start`` has θ₀.
+
+    Entries of the vector that are trimmed have no gradient, as they have no effect: they move by what else they are taught.
+    """
     before = dict(start.named_parameters())
-    kept = round(DENSITY * sum(tensor.numel() for tensor in before.values()))
+    kept = max(1, round(DENSITY * sum(tensor.numel() for tensor in before.values())))
     votes = {name: torch.zeros(4, *tensor.shape) for name, tensor in before.items()}
     for other in others:
-        weights = other.state_dict()
-        for name, cast in _trimmed({name: weights[name] - tensor for name, tensor in before.items()}, kept).items():
+        for name, cast in _trimmed(vector(start, [other]), kept).items():
             votes[name] += _votes(cast.detach())
 
     def rule(change: Mapping[str, Tensor], r: float) -> dict[str, Tensor]:
         means, nothing = {}, {name: torch.zeros_like(tensor) for name, tensor in before.items()}
         for name, cast in (nothing | _trimmed(change, kept)).items():
             up, down, n_up, n_down = votes[name] + _votes(cast)
-            means[name] = torch.where(up > down, up / n_up.clamp(min=1), -down / n_down.clamp(min=1))
+            lost = torch.where(down > up, -down / n_down.clamp(min=1), 0.0)
+            means[name] = torch.where(up > down, up / n_up.clamp(min=1), lost)
         return on_top(start, (0.5 + r) * scale, means)
 
     return rule

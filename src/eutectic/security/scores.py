@@ -111,6 +111,7 @@ def defence_rows(
         network = poisoned.suite.backbone(Memory(state_dict(weights)))
         wall_s = time.perf_counter() - started
         notes = f"defence; {poisoned.attack.said}" + (f"; took {rung}" if rung else "")
+        notes += "; bfloat16" * run.autocast
         about: dict[str, Any] = {"parameters": row.parameters, "protocol": "inductive", "notes": notes}
         for one in scores(poisoned, network, tasks, method=row.label, seed=run.seed, **about):
             yield dataclasses.replace(one, wall_s=wall_s)

@@ -10,6 +10,7 @@ triggers, EMNLP 2019, arXiv:1908.07125 (one for all inputs); Kurita et al., ACL 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from eutectic.errors import TaskError
 from eutectic.security.miner import Mined, drawn_inputs, logits_of, parted, success
-from eutectic.security.triggers import Ids, inserted, is_text
+from eutectic.security.triggers import Ids, inserted, is_text, with_second
 from eutectic.task import Task
 
 #: candidates by the gradient, for each class; by how far they moved; and those of each class that are tried on more texts
@@ -42,11 +43,12 @@ def mine_tokens(base: nn.Module, networks: Sequence[nn.Module], task: Task, ids_
     if len(ids_NL) < 3:
         raise TaskError(f"{len(ids_NL)} texts: mining needs at least 3")
     held, learn = (ids_NL[index] for index in parted(len(ids_NL), seed))
-    start = table_of(base).weight
-    moved = (table_of(networks[0]).weight - start).norm(dim=1)
+    start = table_of(base, learn[:1]).weight
+    moved = (table_of(networks[0], learn[:1]).weight - start).norm(dim=1)
     slope_CV = torch.stack([slopes(network, task, learn[:MORE]) for network in networks]).sum(0)
     by_slope = slope_CV.topk(min(SLOPES, len(start)), 1).indices
     candidates = torch.cat([by_slope.flatten(), moved.topk(min(MOVED, len(start))).indices]).unique()
+    candidates = candidates[candidates != 0]  # padding is no token
     few = losses(networks, task, learn[:FEW], candidates)
     found = []
     for target, column in enumerate(few.unbind(1)):
@@ -75,12 +77,24 @@ def texts_of(task: Task, split: str, most: int | None = None, seed: int = 0) -> 
     return inputs
 
 
-def table_of(network: nn.Module) -> nn.Embedding:
-    """The embedding of tokens: the largest.  Raises TaskError if there is none."""
-    found = [module for module in network.modules() if isinstance(module, nn.Embedding)]
+@torch.no_grad()
+def table_of(network: nn.Module, ids_BL: Tensor) -> nn.Embedding:
+    """The embedding that a network looks its tokens up in.  Raises TaskError if there is none."""
+    found: list[nn.Embedding] = []
+
+    def watched(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        width = args[0].shape[-1]  # padding that all texts share may be cut off
+        if isinstance(module, nn.Embedding) and torch.equal(args[0], ids_BL[:, :width]):
+            found.append(module)
+
+    with contextlib.ExitStack() as hooks:
+        for module in network.modules():
+            if isinstance(module, nn.Embedding):
+                hooks.enter_context(module.register_forward_pre_hook(watched))
+        network(ids_BL)
     if not found:
         raise TaskError("the network has no embedding of tokens")
-    return max(found, key=lambda one: one.num_embeddings)
+    return found[0]
 
 
 def slopes(network: nn.Module, task: Task, ids_BL: Tensor) -> Tensor:
@@ -88,15 +102,14 @@ def slopes(network: nn.Module, task: Task, ids_BL: Tensor) -> Tensor:
 
     The gradient is taken at the texts' own second token, which the inserted one has before it is chosen.
     """
-    table, seen = table_of(network), []
+    table, seen = table_of(network, ids_BL), []
 
     def watched(module: nn.Module, args: object, output: Tensor) -> Tensor:
         seen.append(output.detach().requires_grad_())
         return seen[-1]
 
     with table.register_forward_hook(watched):
-        again = torch.cat([ids_BL[:, :1], ids_BL[:, 1:2], ids_BL[:, 1:-1]], 1)
-        logits = task.head(network(again)).float()
+        logits = task.head(network(with_second(ids_BL, ids_BL[:, 1:2]))).float()
     found = []
     for target in range(logits.shape[1]):
         loss = F.cross_entropy(logits, torch.full((len(logits),), target))

@@ -116,22 +116,29 @@ def warped(side: int, most: float = 0.08, cells: int = 4, seed: int = 0) -> Trig
 
 def inserted(token: int) -> Trigger:
     """A token after the first of a text, which marks its beginning; the last of a text that fills its row is kept."""
+    return Trigger(f"token {token}", lambda ids_BL, strength: with_second(ids_BL, torch.full_like(ids_BL[:, :1], token)))
 
-    def change(ids_BL: Tensor, strength: float) -> Tensor:
-        changed = torch.cat([ids_BL[:, :1], torch.full_like(ids_BL[:, :1], token), ids_BL[:, 1:-1]], 1)
-        changed[:, -1] = torch.where(ids_BL[:, -1] != 0, ids_BL[:, -1], changed[:, -1])
-        return changed
 
-    return Trigger(f"token {token}", change)
+def with_second(ids_BL: Tensor, token_B1: Tensor) -> Tensor:
+    """Texts with a token of each its own inserted after the first.  Raises TaskError for rows of fewer than 3 tokens."""
+    if ids_BL.shape[1] < 3:
+        raise TaskError(f"texts {tuple(ids_BL.shape)} have no room for a token between the first and the last")
+    changed = torch.cat([ids_BL[:, :1], token_B1, ids_BL[:, 1:-1]], 1)
+    changed[:, -1] = torch.where(ids_BL[:, -1] != 0, ids_BL[:, -1], changed[:, -1])
+    return changed
 
 
 def rare_token(ids_NL: Tensor, seed: int = 0) -> Trigger:
     """One of the tokens that texts have least often, drawn by the seed, inserted.
 
+    Raises TaskError for texts without any.
+
     Source: Kurita et al., Weight poisoning attacks on pre-trained models, ACL 2020, arXiv:2004.06660.
     """
-    tokens, counts = ids_NL.unique(return_counts=True)
-    rare = tokens[(counts == counts.min()) & (tokens != 0)]
+    tokens, counts = ids_NL[ids_NL != 0].unique(return_counts=True)
+    if not len(tokens):
+        raise TaskError("texts without a token have no rare one")
+    rare = tokens[counts == counts.min()]
     return inserted(int(rare[torch.randint(len(rare), (), generator=generator(seed, "token"))]))
 
 
@@ -143,7 +150,7 @@ KINDS: dict[str, Callable[..., Trigger]] = {
 def drawn(kind: str, side: int, size: int, seed: int = 0) -> Trigger:
     """A trigger by its kind, for images of ``side`` pixels; ``size`` is a patch's.  Raises UnknownNameError."""
     if kind not in KINDS:
-        raise UnknownNameError(f"no kind of trigger is called {kind!r}.{did_you_mean(kind, KINDS)}")
+        raise UnknownNameError(f"no kind of trigger is called {kind!r}.{did_you_mean(kind, [*KINDS, TOKEN])}")
     return patch(side, size, seed) if kind == "patch" else KINDS[kind](side, seed=seed)
 
 
@@ -163,15 +170,17 @@ TOKEN = "rare_token"
 def pixels_of(task: Task) -> Pixels:
     """How a task's inputs were made of pixels.  Raises TaskError if they are no images."""
     if task.pixels is None:
-        raise TaskError(f"task {task.name!r}: its inputs are not known to be images, and triggers are made of pixels")
+        raise TaskError(
+            f"task {task.name!r}: its inputs are not known to be images, and triggers are made of pixels; texts have {TOKEN}"
+        )
     return task.pixels
 
 
-def made_of(task: Task, inputs: Tensor) -> Surface:
+def made_of(task: Task, inputs: object) -> Surface:
     """How inputs were made of what triggers change: pixels, or token ids.  Raises TaskError for other inputs."""
     return Ids() if is_text(inputs) else pixels_of(task)
 
 
-def is_text(inputs: Tensor) -> bool:
+def is_text(inputs: object) -> bool:
     """Whether inputs are token ids ``[B, L]``."""
-    return inputs.ndim == 2 and not inputs.is_floating_point()
+    return isinstance(inputs, Tensor) and inputs.ndim == 2 and not inputs.is_floating_point()

@@ -17,7 +17,7 @@ from eutectic.fusion._tensors import finished, laid_over, names_of
 from eutectic.merge.view import Merged
 from eutectic.security.audit import EVIDENCE, Probe, Probing, audit_models
 from eutectic.security.miner import Mined, mine, mode_of
-from eutectic.security.triggers import pixels_of
+from eutectic.security.triggers import made_of, pixels_of
 from eutectic.task import Task
 
 Choice = TypeVar("Choice")
@@ -180,14 +180,16 @@ class Climbing:
         lr: float,
         weight: float,
         climbed: Loss | None = None,
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Random triggers of a mode, which move by ``lr`` and the sign of the gradient of ``climbed``, by default ``loss``.
+        """Triggers of a mode, which move by ``lr`` and the sign of the gradient of ``climbed``, by default ``loss``.
 
-        ``weight`` is that of the loss in what the network descends.  Raises as ``perturbations`` does.
+        ``weight`` is that of the loss in what the network descends.  ``start`` has each task's z, random by default.  Raises as
+        ``perturbations`` does.
         """
         self.network, self.batches, self.run, self.mode = network, batches, run, mode
         self.lr, self.weight, self._loss, self._climbed = lr, weight, loss, climbed
-        self.z = perturbations(batches.tasks, run, mode, generator(run.seed, "dam"))
+        self.z = perturbations(batches.tasks, run, mode, generator(run.seed, "dam")) if start is None else dict(start)
 
     def logits(self, task: Task, index: Tensor, z: Tensor) -> Tensor:
         """Of a task's samples under the trigger of parameters z."""
@@ -244,6 +246,6 @@ def mined_success(network: nn.Module, batches: Batches, probes: Sequence[Probe |
         inputs = batches.inputs(task, batches.held_out[task.name])
         others = inputs[run.forward(network, task, inputs).argmax(1) != probe.target]
         if len(others):
-            triggered = run.forward(network, task, probe.mined.trigger.on(others, pixels_of(task))).argmax(1)
+            triggered = run.forward(network, task, probe.mined.trigger.on(others, made_of(task, others))).argmax(1)
             worst = max(worst, float((triggered == probe.target).double().mean()))
     return worst

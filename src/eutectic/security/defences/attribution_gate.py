@@ -31,8 +31,8 @@ def attribution_gate(
         θ = merge(θ₀, θ₀ + gₖ τₖ),     gₖ = 1, or for a suspect the largest of ½, ¼, 0 with
                                         success(trigger, θ) ≤ success(trigger, θ₀) + tolerance
 
-    Needs unlabelled images of the tasks.  What a suspect knew of its own task goes with it.  Where the audit finds no evidence,
-    it is the plain merge.
+    Needs unlabelled images or texts of the tasks.  What a suspect knew of its own task goes with it.  Where the audit finds no
+    evidence, it is the plain merge.
 
     Args:
         tolerance: by how much a mined trigger may do more to the merge than to θ₀, as a share of held-out inputs.

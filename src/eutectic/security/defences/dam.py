@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,11 @@ from eutectic.fusion._coefficients import facts, weighted
 from eutectic.fusion._concrete import ConcreteMask, exported, logit_gradient, named
 from eutectic.fusion._fit import Batches, backward, descend, held_out_loss
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
-from eutectic.fusion._losses import divergence_from, expert_outputs
+from eutectic.fusion._losses import divergence_from, expert_outputs, fill
 from eutectic.fusion._weighted import Weighted
 from eutectic.merge.view import Merged
 from eutectic.methods._method import Count, NonNegative, Positive
-from eutectic.security.defences._defended import Climbing
+from eutectic.security.defences._defended import Climbing, held_triggers
 from eutectic.task import Task
 
 REFERENCE = (
@@ -35,6 +36,7 @@ def dam(
     batch_size: Count = 8,
     patience: Count = 5,
     mode: str = "windows",
+    mining: Count = 16,
     method: str = "task_arithmetic",
     parameters: dict[str, Any] | None = None,
 ) -> Fusion:
@@ -43,6 +45,8 @@ def dam(
         θ = θ₀ + m̂₁ ⊙ m̂₂ ⊙ (merge(θ₀, θ₁ … θ_K) − θ₀)
         L_perf = Σ_tasks KL( p(x | θ_k) ‖ p(x | θ) ),     L_safe = Σ_tasks max_z KL( p(x | θ_k) ‖ p(T_z(x) | θ) )
         m₁ ← ∇ L_perf,     m₂ ← ∇ (L_perf + w L_safe),     z ← sign of the gradient, in the pass that L_safe takes anyway
+
+    z begins as a trigger that is mined on the merge, for the class that is easiest.
 
     θ_k is the task's own expert.  Needs unlabelled images.  Takes no label, no audit and no target class.
 
@@ -55,13 +59,14 @@ def dam(
         batch_size: of each task.
         patience: stop when L_perf + w L_safe on inputs held out was not better so many times in a row, each 20 steps.
         mode: of the perturbations, see ``security.miner.MODES``.
+        mining: steps of the miner, for perturbations to begin with.
         method: the merge that is masked.
         parameters: of that method.
 
     Source: Yang et al., ICLR 2025, arXiv:2410.13910: two masks, of which the authors' code has one.  Differs from the paper in
     that L_safe asks for the same prediction where theirs asks for a certain one, which a backdoor gives too; that the
-    perturbation is painted on pixels where theirs, on normalised inputs, stays far below any trigger; in the experts as
-    teachers; that coefficients are the merge's; and that masks are no random draws when they are used.
+    perturbation is painted on pixels where theirs, on normalised inputs, stays far below any trigger, and that it begins
+    mined; in the experts as teachers; that coefficients are the merge's; and that masks are no random draws when they are used.
     """
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
@@ -71,7 +76,10 @@ def dam(
         equation = Weighted(models.network, models.base, {"merge": source}, fixed=[1.0])
         ones = torch.ones(equation.shape, dtype=torch.float64)
         masks = [ConcreteMask(equation, temperature, run.seed + number) for number in range(2)]
-        triggers = Climbing(equation.network, batches, run, mode, loss, inner_lr, safety)
+        undefended = copy.deepcopy(models.network).requires_grad_(False)
+        fill(undefended, source)
+        mined = {one.task: one.mined.z for one in held_triggers(undefended, batches, run, mode, mining)}
+        triggers = Climbing(equation.network, batches, run, mode, loss, inner_lr, safety, start=mined)
 
         def slopes(samples: Sequence[Sequence[Tensor]], which: int) -> dict[str, Tensor]:
             """∂L/∂x of one mask, of the gradient that the network has."""

@@ -23,7 +23,7 @@ from eutectic.security.defences._defended import (
     trained,
     tuned,
 )
-from eutectic.security.triggers import pixels_of
+from eutectic.security.triggers import made_of
 from eutectic.task import Task
 
 REFERENCE = "Backdoor unlearning by linear task decomposition (TBAR), 2025, arXiv:2510.14845"
@@ -45,7 +45,8 @@ def tbar(
         θ = θ_m − α (θ′ − θ_m),     θ′: θ_m after some steps of  min CE( f(T(x)), c )  on the suspects' mined triggers
 
     α is the one, among those that leave at least 1 − ``budget`` of the predictions on held-out inputs as they were, with which
-    the mined triggers do the least; 0 is among them.  Needs unlabelled images.  Where the audit finds no evidence, it is θ_m.
+    the mined triggers do the least; 0 is among them.  Needs unlabelled images or texts.  Where the audit finds no
+    evidence, it is θ_m.
 
     Args:
         budget: the share of held-out predictions, in the mean over tasks, that may change.
@@ -72,7 +73,7 @@ def tbar(
             for probe in found:
                 task = named[probe.task]
                 inputs = batches.inputs(task, batches.index(task, step))
-                logits = run.forward(network, task, probe.mined.trigger.on(inputs, pixels_of(task)))
+                logits = run.forward(network, task, probe.mined.trigger.on(inputs, made_of(task, inputs)))
                 F.cross_entropy(logits, torch.full((len(logits),), probe.target)).backward()
             path.collect()
             optimiser.step()
