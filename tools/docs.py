@@ -210,7 +210,7 @@ def safety_page() -> str:
         "# Safety panel\n\n"
         "Written by `make docs` from `benchmarks/results/*-safety.jsonl`, which `benchmarks/safety.py` makes; `safety.md`\n"
         "says what attacks and defences are.  Percent of `test`, ± the standard deviation over seeds where there are several:\n"
-        "of all tasks' accuracy the mean, and of the attacked task the accuracy, the attack success rate (ASR, over images\n"
+        "of all tasks' accuracy the mean, and of the attacked task the accuracy, the attack success rate (ASR, over inputs\n"
         "of other classes) and the accuracy under the trigger.  DER is 50 for doing nothing, 100 for removing the trigger at\n"
         "no cost.  Seconds are those of making the weights, on a busy machine: they say which defence is dear.  The 95 %\n"
         "interval of one ASR is about ± 5.\n"
