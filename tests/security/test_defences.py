@@ -1,5 +1,6 @@
 """Defences: that each does what its equation says.  How well they defend is measured, not tested: docs/safety.md."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from eutectic.bench import zoo
 from eutectic.checkpoint.views import Lerp
 from eutectic.errors import ParameterError, TaskError, UnknownNameError
 from eutectic.fusion._api import fit, fused
+from eutectic.fusion._fit import Batches
 from eutectic.fusion._fusion import ModelSet, Run
 from eutectic.merge.view import Merged
 from eutectic.security.audit import Probe
@@ -17,7 +19,7 @@ from eutectic.security.defences import attribution_gate as gate_file
 from eutectic.security.defences import defence_ladder as ladder_file
 from eutectic.security.defences import lfpm as lfpm_file
 from eutectic.security.defences import tbar as tbar_file
-from eutectic.security.defences._defended import Climbing
+from eutectic.security.defences._defended import Climbing, Held
 from eutectic.security.metrics import share
 from eutectic.security.miner import Mined
 from eutectic.security.triggers import patch
@@ -76,15 +78,33 @@ def test_without_evidence_a_merge_is_left_as_it_is(suite, models, suspicion, nam
     assert same(fused(suite.base, suite.experts(), artefact), plain)
 
 
-def test_a_suspect_is_turned_down_until_its_trigger_does_no_more_than_at_the_base(suite, models, suspicion, monkeypatch):
+def test_a_suspect_is_turned_down_until_triggers_do_no_more_than_without_him(suite, models, suspicion, monkeypatch):
     suspicion(True)
-    rates = iter([0.1, 0.9, 0.4, 0.15])  # at the base, and at each gate
-    monkeypatch.setattr(gate_file, "mined_success", lambda *args: next(rates))
+    rates = iter([0.1, 0.9, 0.4])  # without the expert, and at each gate
+    monkeypatch.setattr(gate_file, "weakness", lambda *args: next(rates))
     artefact = fit("attribution_gate", models, suite.tasks, OVER, Run())
     assert artefact.tensors.read("gates").tolist() == [1.0, 0.0]
     assert artefact.about["suspects"] == ["digits8"]
     alone = Merged("task_arithmetic", suite.base, suite.experts() | {"digits8": suite.base}, OVER["parameters"])
     assert same(fused(suite.base, suite.experts(), artefact), alone)
+
+
+def test_a_merge_is_as_weak_as_the_better_of_two_triggers(suite, models, monkeypatch):
+    task = suite.task("digits8")
+    one = Mined("corners", 3, patch(42, 6), None, torch.zeros(()))
+    probe, seen = Probe("digits8", one, [], share(torch.ones(1) > 0), {}, torch.zeros(3, 42, 42)), []
+    batches = Batches(Run(), [task], 1)
+
+    def mined(network, batches, run, task, candidates, steps):
+        seen.append((task.name, candidates, steps))
+        return Held(task.name, one._replace(mode="again"))
+
+    done = {"corners": 0.2, "again": 0.7}
+    monkeypatch.setattr(gate_file, "held_trigger", mined)
+    monkeypatch.setattr(gate_file, "mined_success", lambda network, batches, probes, run: done[probes[0].mined.mode])
+    assert gate_file.weakness(models.network, batches, Run(), task, probe, 7) == 0.7
+    assert seen == [("digits8", [("corners", 3)], 7)]
+    assert gate_file.weakness(models.network, batches, Run(), task, dataclasses.replace(probe, picture=None), 7) == 0.2
 
 
 def test_what_a_trigger_teaches_is_taken_away(suite, models, suspicion, monkeypatch):

@@ -83,7 +83,7 @@ class Held(NamedTuple):
         return self.mined.target
 
 
-def held_triggers(network: nn.Module, batches: Batches, run: Run, mode: str, steps: int, most: int = 72) -> list[Held]:
+def held_triggers(network: nn.Module, batches: Batches, run: Run, mode: str, steps: int) -> list[Held]:
     """Each task's best trigger of a mode against a network, for any class; mined on inputs that are not held out.
 
     Raises TaskError for a task that has no images, UnknownNameError for a mode that there is not.
@@ -91,16 +91,25 @@ def held_triggers(network: nn.Module, batches: Batches, run: Run, mode: str, ste
     found = []
     for number, task in enumerate(batches.tasks):
         run.progress("mining", number, len(batches.tasks))
-        how, inputs = pixels_of(task), batches.inputs(task, batches.learn[task.name][:most])
-
-        def forward(x: Tensor, task: Task = task) -> Tensor:
-            return run.forward(network, task, x)
-
         with torch.no_grad():
-            classes = forward(inputs[:1]).shape[1]
-        candidates = [(mode, c) for c in range(classes)]
-        found.append(Held(task.name, mine(forward, how.of(inputs), how, candidates, steps=steps, seed=run.seed)[0]))
+            classes = run.forward(network, task, batches.inputs(task, batches.learn[task.name][:1])).shape[1]
+        found.append(held_trigger(network, batches, run, task, [(mode, c) for c in range(classes)], steps))
     return found
+
+
+def held_trigger(
+    network: nn.Module,
+    batches: Batches,
+    run: Run,
+    task: Task,
+    candidates: Sequence[tuple[str, int]],
+    steps: int,
+    most: int = 72,
+) -> Held:
+    """A task's best trigger against a network among (mode, class) candidates.  Raises as ``held_triggers`` does."""
+    how, inputs = pixels_of(task), batches.inputs(task, batches.learn[task.name][:most])
+    found = mine(lambda x: run.forward(network, task, x), how.of(inputs), how, candidates, steps=steps, seed=run.seed)
+    return Held(task.name, found[0])
 
 
 def fill_with(network: nn.Module, weights: Checkpoint) -> list[nn.Parameter]:

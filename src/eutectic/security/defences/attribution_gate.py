@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from eutectic.checkpoint.base import Memory
 from eutectic.fusion._fit import Batches
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import fill
 from eutectic.methods._method import Count, Fraction
-from eutectic.security.defences._defended import gated, merged, mined_success, over, suspicions
+from eutectic.security.audit import Probe
+from eutectic.security.defences._defended import gated, held_trigger, merged, mined_success, over, suspicions
 from eutectic.task import Task
 
 REFERENCE = "Eutectic, 2026: leave-one-out attribution of mined triggers"
-#: what is left of an expert is tried in this order
-GATES = (0.5, 0.25, 0.0)
+#: what is left of an expert is tried in this order, before nothing
+GATES = (0.5, 0.25)
 
 
 def attribution_gate(
@@ -29,13 +31,17 @@ def attribution_gate(
     """Merge experts, each suspect one turned down as far as its mined trigger asks for.
 
         θ = merge(θ₀, θ₀ + gₖ τₖ),     gₖ = 1, or for a suspect the largest of ½, ¼, 0 with
-                                        success(trigger, θ) ≤ success(trigger, θ₀) + tolerance
+                                        weakness(θ) ≤ weakness(θ with gₖ = 0) + tolerance
+
+    Weakness is what a trigger of the suspect's class does to held-out inputs: the audit's own, or one that is mined anew on θ,
+    if that does more.
 
     Needs unlabelled images or texts of the tasks.  What a suspect knew of its own task goes with it.  Where the audit finds no
     evidence, it is the plain merge.
 
     Args:
-        tolerance: by how much a mined trigger may do more to the merge than to θ₀, as a share of held-out inputs.
+        tolerance: by how much a mined trigger may do more to the merge with a suspect than without him, as a share of held-out
+            inputs.
         mining: steps of the miner.
         method: the merge that is defended.
         parameters: of that method.
@@ -48,14 +54,25 @@ def attribution_gate(
         found = suspicions(models, tasks, run, lambda some: merged(models.base, some, about), mining=mining)
         batches, names = Batches(run, tasks, 1), list(models.experts)
         gates = torch.ones(len(names), dtype=torch.float64)
+        named = {task.name: task for task in tasks}
         for probe in found:
-            fill(models.network, models.base)
-            allowed = mined_success(models.network, batches, [probe], run) + tolerance
-            for gate in GATES:
+
+            def at(gate: float, probe: Probe = probe) -> float:
                 gates[names.index(probe.task)] = gate
                 fill(models.network, gated(models.base, models.experts, Artefact(Memory({"gates": gates}), about)))
-                if mined_success(models.network, batches, [probe], run) <= allowed:
-                    break
+                return weakness(models.network, batches, run, named[probe.task], probe, mining)
+
+            allowed = at(0.0) + tolerance
+            gates[names.index(probe.task)] = next((gate for gate in GATES if at(gate) <= allowed), 0.0)
         return Artefact(Memory({"gates": gates}), about | {"suspects": [probe.task for probe in found]})
 
     return Fusion(fit, gated)
+
+
+def weakness(network: nn.Module, batches: Batches, run: Run, task: Task, probe: Probe, steps: int) -> float:
+    """What a trigger of a probe's class does to held-out inputs: the probe's, or one mined on the network if that does more."""
+    found = mined_success(network, batches, [probe], run)
+    if probe.picture is None:  # a token is tried as it is: there is no other way to it
+        return found
+    again = held_trigger(network, batches, run, task, [(probe.mode, probe.target)], steps)
+    return max(found, mined_success(network, batches, [again], run))
