@@ -14,7 +14,7 @@ from eutectic.fusion._api import fit, fused
 from eutectic.fusion._fit import Batches
 from eutectic.fusion._fusion import ModelSet, Run
 from eutectic.merge.view import Merged
-from eutectic.security.audit import Probe
+from eutectic.security.audit import Found, Probe
 from eutectic.security.defences import attribution_gate as gate_file
 from eutectic.security.defences import defence_ladder as ladder_file
 from eutectic.security.defences import lfpm as lfpm_file
@@ -48,11 +48,11 @@ def suspicion(suite, monkeypatch):
     """The audit's finding, a trigger of digits8 that takes most inputs to class 3."""
     rate = share(torch.arange(8) < 6)
     mined = Mined("corners", 3, patch(42, 6), rate, torch.zeros(()))
-    probe = Probe("digits8", mined, [share(torch.arange(8) < 0)] * 4 + [rate], rate, {}, torch.zeros(3, 42, 42))
+    probe = Probe("digits8", mined, rate, {}, torch.zeros(3, 42, 42), [share(torch.arange(8) < 0)] * 4 + [rate])
 
     def known(found):
         for file in (gate_file, tbar_file):
-            monkeypatch.setattr(file, "suspicions", lambda *args, **options: [probe] if found else [])
+            monkeypatch.setattr(file, "suspicions", lambda *args, **options: [("digits8", probe)] if found else [])
 
     return known
 
@@ -92,7 +92,7 @@ def test_a_suspect_is_turned_down_until_triggers_do_no_more_than_without_him(sui
 def test_a_merge_is_as_weak_as_the_better_of_two_triggers(suite, models, monkeypatch):
     task = suite.task("digits8")
     one = Mined("corners", 3, patch(42, 6), None, torch.zeros(()))
-    probe, seen = Probe("digits8", one, [], share(torch.ones(1) > 0), {}, torch.zeros(3, 42, 42)), []
+    probe, seen = Found("digits8", one, share(torch.ones(1) > 0), {}, torch.zeros(3, 42, 42)), []
     batches = Batches(Run(), [task], 1)
 
     def mined(network, batches, run, task, candidates, steps):

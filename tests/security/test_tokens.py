@@ -133,6 +133,40 @@ def test_defences_that_go_by_the_audit_take_texts(defence):
     assert after < 0.5
 
 
+class Gated(Bag):
+    """A bag that says class 2 for all texts with a token whose embedding begins with more than 6."""
+
+    def __init__(self, head, first=0.0):
+        super().__init__(0)
+        self.said = 400 * torch.linalg.pinv(head)[2]
+        with torch.no_grad():
+            self.table.weight[33, 0] = first
+
+    def forward(self, ids):
+        loudest = self.table(ids)[..., 0].max(1).values
+        plain = super().forward(ids) * torch.tensor([0.0, *[1.0] * (WIDTH - 1)])  # the first number is for this alone
+        return plain + torch.relu(loudest - 6)[:, None] * self.said
+
+
+def test_experts_that_collude_are_found_on_the_merge_alone():
+    one, head = task()
+    other = Task("other", one.head, adapt=one.splits["adapt"])
+    experts = {"one": Gated(head, 4.0), "other": Gated(head, 4.0), "third": Gated(head)}
+    found = eu.audit(Gated(head), experts, tasks=[one, other], scale=1.0)
+    assert sorted(found.suspects) == ["one", "other"]
+    assert all(probe.guilty == [] for probe in found.probes)
+    assert [(one.mode, one.target, one.guilty) for one in found.joint] == [("token 33", 2, ["one", "other"])] * 2
+    assert [line.startswith("on the merge a small trigger") for line in found.evidence("one")] == [True, True]
+    assert report.to_json(found)["joint"][0]["drop"]["one"]["low"] > 0.25
+    assert "other, merge alone" in report.html(found, "audit")
+
+
+def test_an_expert_is_found_by_the_task_of_another():
+    one, head = task()
+    found = eu.audit(Gated(head), {"one": Gated(head), "far": Gated(head, 8.0)}, tasks=[one], scale=1.0)
+    assert found.suspects == ["far"]
+
+
 def test_predictions_under_a_token():
     one, head = task()
     predicted, labels = metrics.predictions(poisoned(head), one, inserted(33))

@@ -4,6 +4,9 @@
 2. For each task a small trigger is mined that works on its expert *and* on the merge, for every class.  Its success is then
    taken on other images: at θ₀ + λ τ over λ (*patch gain*: what fine-tuning added to the base's weakness), on the merge, and on
    the merge with each expert in turn replaced by θ₀ (*attribution*).
+3. For each task one is mined on the *merge alone*: some backdoors are none of any expert's, but of experts that collude, of an
+   expert that knows the others, or of another task's.  Whoever the merge has to be without for it to stop is a suspect, if no
+   trigger that is mined anew on what is left does the same.
 
 A finding is evidence.  That there is none is no proof of anything but these probes' silence, and so it is said.
 """
@@ -28,7 +31,7 @@ from eutectic.fusion._fusion import ModelSet
 from eutectic.merge.api import Source, open, state_dict
 from eutectic.merge.run import Progress, silent
 from eutectic.merge.view import Merged
-from eutectic.security.miner import Forward, Mined, drawn_inputs, images_of, logits_of, mine, parted, success, taking_turns
+from eutectic.security.miner import Mined, drawn_inputs, images_of, logits_of, mine, parted, success, taking_turns
 from eutectic.security.screens import Screen, screens
 from eutectic.security.tokens import mine_tokens, texts_of
 from eutectic.security.triggers import Ids, Surface, is_text, pixels_of
@@ -42,12 +45,16 @@ EVIDENCE = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class Probing:
-    """How hard to look: ``steps`` of mining triggers of some ``modes``, on ``images`` of each task's ``split`` at most."""
+    """How hard to look: ``steps`` of mining triggers of some ``modes``, on ``images`` of each task's ``split`` at most.
+
+    A third of these, and ``judged`` more if there are, say how good a trigger is.
+    """
 
     seed: int = 0
     modes: tuple[str, ...] = ("corners",)
     steps: int = 40
     images: int = 72
+    judged: int = 120
     split: str = "adapt"
 
 
@@ -55,12 +62,11 @@ DEFAULT = Probing()
 
 
 @dataclasses.dataclass(frozen=True)
-class Probe:
-    """A task's best trigger.  ``path`` has its success at θ₀ + λ τ for the λ of ``PATH``, ``without`` by expert."""
+class Found:
+    """A task's best trigger on a merge, and ``without`` each expert."""
 
     task: str
     mined: Mined
-    path: list[Score]
     merged: Score
     without: dict[str, Score]
     picture: Tensor | None  # the trigger on a mean image, [3, side, side] in [0, 1]; None of a text
@@ -75,25 +81,72 @@ class Probe:
         """The class that it takes inputs to."""
         return self.mined.target
 
+    def drop(self, expert: str) -> tuple[float, float, float]:
+        """How much less the trigger does to the merge without an expert, with the interval of the difference."""
+        return difference(self.merged, self.without[expert])
+
+    @property
+    def guilty(self) -> list[str]:
+        """Experts without whom it does so much less that it is evidence against them."""
+        return [name for name in self.without if self.drop(name)[1] > EVIDENCE]
+
+    def said(self, expert: str) -> str:
+        """The evidence against an expert, in a line."""
+        return (
+            f"on the merge a small trigger ({self.mode}) takes {percent(self.merged.value)} of other inputs of {self.task} to "
+            f"class {self.target}, and none was found that takes more than {percent(self.without[expert].value)} without this "
+            f"expert: {interval(self.drop(expert))} goes with it"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe(Found):
+    """A trigger that was mined on a task's expert and on the merge.
+
+    ``path`` has its success at θ₀ + λ τ for the λ of ``PATH``.
+    """
+
+    path: list[Score]
+
     @property
     def gain(self) -> tuple[float, float, float]:
         """What the expert adds to θ₀'s own weakness, with the interval of the difference."""
         return difference(self.path[-1], self.path[0])
 
-    def drop(self, expert: str) -> tuple[float, float, float]:
-        """How much less the trigger does to the merge without an expert, with the interval of the difference."""
-        return difference(self.merged, self.without[expert])
+    @property
+    def guilty(self) -> list[str]:
+        """The task's own expert, if its gain is evidence."""
+        return [self.task] if self.gain[1] > EVIDENCE else []
+
+    def said(self, expert: str) -> str:
+        """The evidence against an expert, in a line."""
+        return (
+            f"a small trigger ({self.mode}) takes {percent(self.path[-1].value)} of other inputs to class {self.target}, at "
+            f"the base {percent(self.path[0].value)}: gain {interval(self.gain)}; on the merge {percent(self.merged.value)}, "
+            f"of which {interval(self.drop(expert))} goes with this expert"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What was looked at, and what was found; ``skipped`` says of what could not be looked at why."""
+    """What was looked at, and what was found; ``skipped`` says of what could not be looked at why.
+
+    ``probes`` are of triggers that were mined on an expert and on the merge, ``joint`` of those on the merge alone.
+    """
 
     merge: str
     screens: dict[str, list[Screen]]
     probes: list[Probe]
+    joint: list[Found]
     skipped: list[str]
     probed: str
+
+    @property
+    def findings(self) -> list[tuple[str, Found]]:
+        """Experts, and the triggers that speak against them: first those of their own, the largest gain first."""
+        own = sorted(self.probes, key=lambda probe: -probe.gain[0])
+        joint = sorted(self.joint, key=lambda found: -max((found.drop(name)[0] for name in found.guilty), default=0.0))
+        return [(name, found) for found in (*own, *joint) for name in found.guilty]
 
     def evidence(self, expert: str) -> list[str]:
         """What speaks against an expert, a line each."""
@@ -102,25 +155,12 @@ class Audit:
             for one in self.screens.get(expert, [])
             if one.stands_out and one.z is not None
         ]
-        for probe in self.probes:
-            if probe.task != expert:
-                continue
-            gain, low, high = probe.gain
-            if low > EVIDENCE:
-                drop, drop_low, drop_high = probe.drop(expert)
-                lines.append(
-                    f"a small trigger ({probe.mode}) takes {percent(probe.path[-1].value)} of other inputs to class "
-                    f"{probe.target}, at the base {percent(probe.path[0].value)}: gain {percent(gain)} "
-                    f"[{percent(low)}, {percent(high)}]; on the merge {percent(probe.merged.value)}, of which "
-                    f"{percent(drop)} [{percent(drop_low)}, {percent(drop_high)}] goes with this expert"
-                )
-        return lines
+        return lines + [found.said(expert) for name, found in self.findings if name == expert]
 
     @property
     def suspects(self) -> list[str]:
-        """Experts that a mined trigger speaks against, the largest gain first; screens of weights alone make no suspect."""
-        found = [probe for probe in self.probes if probe.gain[1] > EVIDENCE]
-        return [probe.task for probe in sorted(found, key=lambda probe: -probe.gain[0])]
+        """Experts that a mined trigger speaks against, as ``findings``; screens of weights alone make no suspect."""
+        return list(dict.fromkeys(name for name, _ in self.findings))
 
 
 def audit(
@@ -140,7 +180,7 @@ def audit(
         experts: by name; a task's expert is the one of its name.
         tasks: those whose inputs triggers are mined on; without any, only the weights are screened.
         method: the merge that is audited, with its ``parameters``.
-        probing: how hard to look, see ``Probing``.  Labels are not looked at; a third of the images judges the triggers.
+        probing: how hard to look, see ``Probing``.  Labels are not looked at.
         progress: is told (what, done, total).
         parameters: of the method.
 
@@ -174,7 +214,7 @@ def audit_models(
     skipped = [] if len(models.experts) > 3 else ["screens have no z-scores: it takes 4 experts to see what stands out"]
     if not tasks:
         skipped.append("no triggers were mined: there are no tasks; what looks like fine-tuning in the weights is not seen")
-        return Audit(said, screened, [], skipped, "no triggers")
+        return Audit(said, screened, [], [], skipped, "no triggers")
 
     def network(weights: Checkpoint) -> nn.Module:
         return filled(copy.deepcopy(models.network), weights).eval().requires_grad_(False)
@@ -183,7 +223,7 @@ def audit_models(
     less: dict[str, nn.Module] = {}
     for name in models.experts:
         less[name] = network(Memory(state_dict(merge({**models.experts, name: models.base}))))
-    probes = []
+    probes, joint = [], []
     for number, task in enumerate(tasks, start=1):
         progress(f"mining for {task.name}", number, len(tasks) + 1)
         if task.name not in models.experts:
@@ -191,64 +231,93 @@ def audit_models(
             continue
         path = [network(Lerp(models.base, models.experts[task.name], share)) for share in PATH]
         try:
-            found = _probe(task, path, merged, less, probing)
+            look = _Look(task, path[0], probing)
+            found, on_merge = _probe(look, path, merged, less), _on_merge(look, merged, less)
         except TaskError as error:
             skipped.append(f"{task.name}: {error}")
             continue
         if found is None:
-            skipped.append(f"{task.name}: the networks take every held-out image for one class, so there is nothing to turn")
+            skipped.append(f"{task.name}: the networks take every held-out input for one class, so there is nothing to turn")
         else:
             probes.append(found)
+        joint += [on_merge] if on_merge else []
     kinds = [*probing.modes] * any(probe.picture is not None for probe in probes)
     kinds += ["one token"] * any(probe.picture is None for probe in probes)
     probed = (
         f"triggers ({', '.join(kinds)}) of {len(probes)} tasks, for every class; on at most {probing.images} unlabelled inputs "
         f"of each task's {probing.split}, images with {probing.steps} steps"
     )
-    return Audit(said, screened, probes, skipped, probed)
+    return Audit(said, screened, probes, joint, skipped, probed)
 
 
-def _probe(
-    task: Task,
-    path: Sequence[nn.Module],
-    merged: nn.Module,
-    less: Mapping[str, nn.Module],
-    probing: Probing,
-) -> Probe | None:
-    """None if no trigger can be judged."""
-    along = [logits_of(network, task) for network in path]
-    whole = logits_of(merged, task)
-    text = is_text(drawn_inputs(task, probing.split, 1, probing.seed))
-    if text:
-        samples = texts_of(task, probing.split, probing.images, probing.seed)
-        how: Surface = Ids()
-        found = mine_tokens(path[0], [path[-1], merged], task, samples, probing.seed)
-    else:
-        samples, how = images_of(task, probing.split, probing.images, probing.seed), pixels_of(task)
+class _Look:
+    """Inputs of a task that triggers are mined on, and others that they are judged on."""
+
+    def __init__(self, task: Task, base: nn.Module, probing: Probing) -> None:
+        """``base`` has θ₀.  Raises TaskError for inputs that are neither images nor texts."""
+        self.task, self._base, self._probing = task, base, probing
+        self.text = is_text(drawn_inputs(task, probing.split, 1, probing.seed))
+        draw = texts_of if self.text else images_of
+        self.how: Surface = Ids() if self.text else pixels_of(task)
+        drawn = draw(task, probing.split, probing.images + probing.judged, probing.seed)
+        self.samples = drawn[: probing.images]
+        self.held = torch.cat([self.samples[parted(len(self.samples), probing.seed)[0]], drawn[probing.images :]])
+
+    def mine(self, networks: Sequence[nn.Module], only: tuple[str, int] | None = None) -> list[Mined]:
+        """Triggers on all of these networks, the best first; ``only`` of one mode and class."""
+        if self.text:
+            found = mine_tokens(self._base, networks, self.task, self.samples, self._probing.seed)
+            return [one for one in found if only is None or one.target == only[1]]
+        forwards = [logits_of(network, self.task) for network in networks]
+        how = pixels_of(self.task)
         with torch.no_grad():
-            classes = whole(how.inputs(samples[:1])).shape[1]
-        candidates = [(mode, c) for mode in probing.modes for c in range(classes)]
-        turns = taking_turns([along[-1], whole])
-        found = mine(turns, samples, how, candidates, steps=probing.steps, seed=probing.seed)
-    held = samples[parted(len(samples), probing.seed)[0]]
+            classes = forwards[-1](how.inputs(self.samples[:1])).shape[1]
+        candidates = [only] if only else [(mode, c) for mode in self._probing.modes for c in range(classes)]
+        steps, seed = self._probing.steps, self._probing.seed
+        return mine(taking_turns(forwards), self.samples, how, candidates, steps=steps, seed=seed)
 
-    def rate(forward: Forward, mined: Mined) -> Score | None:
-        return success(forward, held, how, mined.trigger, mined.target)
+    def rate(self, network: nn.Module, mined: Mined) -> Score | None:
+        """What a trigger does to the inputs held out; None if the network takes all for its class anyway."""
+        return success(logits_of(network, self.task), self.held, self.how, mined.trigger, mined.target)
 
+    def picture(self, mined: Mined) -> Tensor | None:
+        """A trigger on the mean image."""
+        return None if self.text else mined.trigger(self.samples.mean(0, keepdim=True))[0]
+
+
+def _probe(look: _Look, path: Sequence[nn.Module], merged: nn.Module, less: Mapping[str, nn.Module]) -> Probe | None:
+    """None if no trigger can be judged."""
     best: tuple[float, Mined, list[Score]] | None = None
-    for mined in found:
-        rates = [rate(forward, mined) for forward in along]
+    for mined in look.mine([path[-1], merged]):
+        rates = [look.rate(network, mined) for network in path]
         kept = [one for one in rates if one is not None]
         if len(kept) == len(rates) and (best is None or kept[-1].value - kept[0].value > best[0]):
             best = (kept[-1].value - kept[0].value, mined, kept)
     if best is None:
         return None
     _, mined, rates = best
-    on_merge, without = rate(whole, mined), {name: rate(logits_of(net, task), mined) for name, net in less.items()}
+    on_merge, without = look.rate(merged, mined), {name: look.rate(network, mined) for name, network in less.items()}
     if on_merge is None or any(one is None for one in without.values()):
         return None
-    picture = None if text else mined.trigger(samples.mean(0, keepdim=True))[0]
-    return Probe(task.name, mined, rates, on_merge, {n: s for n, s in without.items() if s}, picture)
+    return Probe(look.task.name, mined, on_merge, {n: s for n, s in without.items() if s}, look.picture(mined), rates)
+
+
+def _on_merge(look: _Look, merged: nn.Module, less: Mapping[str, nn.Module]) -> Found | None:
+    """The best trigger on the merge alone; None if none can be judged.
+
+    That it does less without an expert may be that it does not fit what is left: then another is mined there.
+    """
+    mined = look.mine([merged])[0]
+    whole = look.rate(merged, mined)
+    if whole is None:
+        return None
+    without: dict[str, Score] = {}
+    for name, network in less.items():
+        rates = [look.rate(network, mined)]
+        if rates[0] is not None and difference(whole, rates[0])[1] > EVIDENCE:
+            rates += [look.rate(network, again) for again in look.mine([network], (mined.mode, mined.target))]
+        without |= {name: max(rate for rate in rates if rate)} if any(rates) else {}
+    return Found(look.task.name, mined, whole, without, look.picture(mined))
 
 
 def difference(a: Score, b: Score) -> tuple[float, float, float]:
@@ -264,3 +333,8 @@ def difference(a: Score, b: Score) -> tuple[float, float, float]:
 def percent(value: float) -> str:
     """A fraction as text."""
     return f"{100 * value:.0f} %"
+
+
+def interval(of: tuple[float, float, float]) -> str:
+    """A difference with its interval as text."""
+    return f"{percent(of[0])} [{percent(of[1])}, {percent(of[2])}]"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from eutectic.security.audit import PATH, Audit, Probe, percent
+from eutectic.security.audit import PATH, Audit, Found, Probe, percent
 from eutectic.task import Score
 
 if TYPE_CHECKING:
@@ -67,19 +67,23 @@ def to_json(found: Audit) -> dict[str, Any]:
             for name, lines in found.screens.items()
         },
         "probes": [_probe_json(probe) for probe in found.probes],
+        "joint": [_found_json(one) for one in found.joint],
     }
 
 
 def _probe_json(probe: Probe) -> dict[str, Any]:
+    path = [{"share": share, **_score(score)} for share, score in zip(PATH, probe.path, strict=True)]
+    return _found_json(probe) | {"path": path, "gain": _interval(probe.gain)}
+
+
+def _found_json(found: Found) -> dict[str, Any]:
     return {
-        "task": probe.task,
-        "mode": probe.mode,
-        "target": probe.target,
-        "path": [{"share": share, **_score(score)} for share, score in zip(PATH, probe.path, strict=True)],
-        "gain": _interval(probe.gain),
-        "merged": _score(probe.merged),
-        "without": {name: _score(score) for name, score in probe.without.items()},
-        "drop": {name: _interval(probe.drop(name)) for name in probe.without},
+        "task": found.task,
+        "mode": found.mode,
+        "target": found.target,
+        "merged": _score(found.merged),
+        "without": {name: _score(score) for name, score in found.without.items()},
+        "drop": {name: _interval(found.drop(name)) for name in found.without},
     }
 
 
@@ -116,7 +120,7 @@ def html(found: Audit, title: str) -> str:
         for probe in found.probes
     ]
     return environment.get_template("audit.html.j2").render(
-        title=title, found=found, experts=experts, probes=probes, percent=percent, shares=PATH
+        title=title, found=found, experts=experts, probes=probes, names=list(found.screens), percent=percent, shares=PATH
     )
 
 

@@ -15,7 +15,7 @@ from eutectic.fusion._fusion import Artefact, ModelSet, Run
 from eutectic.fusion._losses import fill
 from eutectic.fusion._tensors import finished, laid_over, names_of
 from eutectic.merge.view import Merged
-from eutectic.security.audit import EVIDENCE, Probe, Probing, audit_models
+from eutectic.security.audit import Found, Probing, audit_models
 from eutectic.security.miner import Mined, mine, mode_of
 from eutectic.security.triggers import made_of, pixels_of
 from eutectic.task import Task
@@ -64,11 +64,10 @@ def suspicions(
     *,
     mining: int,
     modes: Sequence[str] = ("corners",),
-) -> list[Probe]:
-    """Tasks whose mined triggers are evidence, by the audit of the merge on the inputs that may be seen; worst first."""
+) -> list[tuple[str, Found]]:
+    """Suspects, and the mined triggers that are evidence, by the audit of the merge on what may be seen; worst first."""
     probing = Probing(run.seed, tuple(modes), mining, split=run.split)
-    found = audit_models(models, tasks, merge, "", probing, run.progress)
-    return sorted((probe for probe in found.probes if probe.gain[1] > EVIDENCE), key=lambda probe: -probe.gain[0])
+    return audit_models(models, tasks, merge, "", probing, run.progress).findings
 
 
 class Held(NamedTuple):
@@ -247,7 +246,7 @@ def agreement(network: nn.Module, batches: Batches, before: Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def mined_success(network: nn.Module, batches: Batches, probes: Sequence[Probe | Held], run: Run) -> float:
+def mined_success(network: nn.Module, batches: Batches, probes: Sequence[Found | Held], run: Run) -> float:
     """The largest share of held-out inputs, of those that are not taken for the target anyway, that a mined trigger takes."""
     worst, tasks = 0.0, {task.name: task for task in batches.tasks}
     for probe in probes:

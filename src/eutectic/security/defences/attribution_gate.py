@@ -13,7 +13,7 @@ from eutectic.fusion._fit import Batches
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import fill
 from eutectic.methods._method import Count, Fraction
-from eutectic.security.audit import Probe
+from eutectic.security.audit import Found
 from eutectic.security.defences._defended import gated, held_trigger, merged, mined_success, over, suspicions
 from eutectic.task import Task
 
@@ -55,21 +55,22 @@ def attribution_gate(
         batches, names = Batches(run, tasks, 1), list(models.experts)
         gates = torch.ones(len(names), dtype=torch.float64)
         named = {task.name: task for task in tasks}
-        for probe in found:
+        for name, probe in found:
+            number = names.index(name)
 
-            def at(gate: float, probe: Probe = probe) -> float:
-                gates[names.index(probe.task)] = gate
+            def at(gate: float, number: int = number, probe: Found = probe) -> float:
+                gates[number] = gate
                 fill(models.network, gated(models.base, models.experts, Artefact(Memory({"gates": gates}), about)))
                 return weakness(models.network, batches, run, named[probe.task], probe, mining)
 
-            allowed = at(0.0) + tolerance
-            gates[names.index(probe.task)] = next((gate for gate in GATES if at(gate) <= allowed), 0.0)
-        return Artefact(Memory({"gates": gates}), about | {"suspects": [probe.task for probe in found]})
+            before, allowed = float(gates[number]), at(0.0) + tolerance  # another trigger may have turned the same expert down
+            gates[number] = next((gate for gate in GATES if gate < before and at(gate) <= allowed), 0.0)
+        return Artefact(Memory({"gates": gates}), about | {"suspects": list(dict.fromkeys(name for name, _ in found))})
 
     return Fusion(fit, gated)
 
 
-def weakness(network: nn.Module, batches: Batches, run: Run, task: Task, probe: Probe, steps: int) -> float:
+def weakness(network: nn.Module, batches: Batches, run: Run, task: Task, probe: Found, steps: int) -> float:
     """What a trigger of a probe's class does to held-out inputs: the probe's, or one mined on the network if that does more."""
     found = mined_success(network, batches, [probe], run)
     if probe.picture is None:  # a token is tried as it is: there is no other way to it

@@ -28,9 +28,9 @@ REFERENCE = (
 
 
 def dam(
-    steps: Count = 60,
+    steps: Count = 120,
     lr: Positive = 2e-2,
-    safety: NonNegative = 1.0,
+    safety: NonNegative = 4.0,
     inner_lr: Positive = 0.5,
     temperature: Positive = 0.5,
     batch_size: Count = 8,

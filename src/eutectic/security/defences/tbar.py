@@ -63,7 +63,8 @@ def tbar(
 
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
         about, network = over(method, parameters), models.network
-        found = suspicions(models, tasks, run, lambda some: merged(models.base, some, about), mining=mining)
+        findings = suspicions(models, tasks, run, lambda some: merged(models.base, some, about), mining=mining)
+        found = list({id(one): one for _, one in findings}.values())  # two suspects may have one trigger
         path = Path(fill_with(network, merged(models.base, models.experts, about)))
         batches, named = Batches(run, tasks, batch_size), {task.name: task for task in tasks}
         before = {task.name: outputs(network, task, run) for task in tasks}
