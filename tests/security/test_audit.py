@@ -89,8 +89,8 @@ def test_what_cannot_be_seen_is_said(suite):
     assert blind.probes == []
     assert any("no tasks" in line for line in blind.skipped)
     plain = Task("letters", lambda features: features[:, :2], adapt=(torch.rand(8, 3, 42, 42), torch.zeros(8).long()))
-    other = Task("other", lambda features: features, adapt=(torch.rand(8, 3), torch.zeros(8).long()))
-    seen = eu.audit(network, experts, tasks=[plain, other])
+    other = Task("other", plain.head, adapt=plain.splits["adapt"], pixels=suite.task("letters").pixels)
+    seen = eu.audit(network, experts, tasks=[plain, other], probing=QUICK)
     assert any("not known to be images" in line for line in seen.skipped)
     assert any("no expert of its name" in line for line in seen.skipped)
     assert seen.suspects == []

@@ -89,6 +89,23 @@ def test_a_suspect_is_turned_down_until_triggers_do_no_more_than_without_him(sui
     assert same(fused(suite.base, suite.experts(), artefact), alone)
 
 
+def test_of_two_suspects_with_one_backdoor_both_are_turned_down(suite, models, monkeypatch):
+    mined = Mined("corners", 3, patch(42, 6), None, torch.zeros(()))
+    finding = Found("digits8", mined, share(torch.ones(1) > 0), {}, torch.zeros(3, 42, 42))
+    monkeypatch.setattr(gate_file, "suspicions", lambda *args, **options: [("letters", finding), ("digits8", finding)])
+    seen = []
+
+    def gates_of(base, experts, artefact):
+        seen.append(artefact.tensors.read("gates").tolist())
+        return base
+
+    monkeypatch.setattr(gate_file, "gated", gates_of)
+    monkeypatch.setattr(gate_file, "weakness", lambda *args: max(seen[-1]))  # either of them is enough
+    artefact = fit("attribution_gate", models, suite.tasks, OVER, Run())
+    assert seen[:2] == [[0.0, 0.0]] * 2
+    assert artefact.tensors.read("gates").tolist() == [0.0, 0.0]
+
+
 def test_a_merge_is_as_weak_as_the_better_of_two_triggers(suite, models, monkeypatch):
     task = suite.task("digits8")
     one = Mined("corners", 3, patch(42, 6), None, torch.zeros(()))

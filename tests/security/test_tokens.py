@@ -164,7 +164,13 @@ def test_experts_that_collude_are_found_on_the_merge_alone():
 def test_an_expert_is_found_by_the_task_of_another():
     one, head = task()
     found = eu.audit(Gated(head), {"one": Gated(head), "far": Gated(head, 8.0)}, tasks=[one], scale=1.0)
-    assert found.suspects == ["far"]
+    assert found.suspects == found.joint[0].guilty == ["far"]
+    assert found.probes[0].guilty == []
+    assert found.probes[0].path[0].n <= 60  # of 60 texts, all that are not taken for the class anyway
+    nobodys = eu.audit(Gated(head), {"near": Gated(head), "far": Gated(head, 8.0)}, tasks=[one], scale=1.0)
+    assert nobodys.suspects == ["far"]
+    assert nobodys.probes == []
+    assert "Attribution" in report.html(nobodys, "audit")
 
 
 def test_predictions_under_a_token():

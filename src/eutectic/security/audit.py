@@ -5,8 +5,8 @@
    taken on other images: at θ₀ + λ τ over λ (*patch gain*: what fine-tuning added to the base's weakness), on the merge, and on
    the merge with each expert in turn replaced by θ₀ (*attribution*).
 3. For each task one is mined on the *merge alone*: some backdoors are none of any expert's, but of experts that collude, of an
-   expert that knows the others, or of another task's.  Whoever the merge has to be without for it to stop is a suspect, if no
-   trigger that is mined anew on what is left does the same.
+   expert that knows the others, or of another task's.  Whoever the merge has to be without for it to do much less is a suspect,
+   if no trigger for that class that is mined anew on what is left does as much.  Of several, some may be honest.
 
 A finding is evidence.  That there is none is no proof of anything but these probes' silence, and so it is said.
 """
@@ -226,26 +226,28 @@ def audit_models(
     probes, joint = [], []
     for number, task in enumerate(tasks, start=1):
         progress(f"mining for {task.name}", number, len(tasks) + 1)
-        if task.name not in models.experts:
-            skipped.append(f"{task.name}: has no expert of its name")
-            continue
-        path = [network(Lerp(models.base, models.experts[task.name], share)) for share in PATH]
+        own = models.experts.get(task.name)
+        shares = PATH if own is not None else PATH[:1]  # of which the first is θ₀
+        path = [network(Lerp(models.base, models.base if own is None else own, share)) for share in shares]
         try:
             look = _Look(task, path[0], probing)
-            found, on_merge = _probe(look, path, merged, less), _on_merge(look, merged, less)
+            found, on_merge = _probe(look, path, merged, less) if own is not None else None, _on_merge(look, merged, less)
         except TaskError as error:
             skipped.append(f"{task.name}: {error}")
             continue
-        if found is None:
+        if own is None:
+            skipped.append(f"{task.name}: has no expert of its name; triggers were mined on the merge alone")
+        elif found is None:
             skipped.append(f"{task.name}: the networks take every held-out input for one class, so there is nothing to turn")
-        else:
-            probes.append(found)
+        probes += [found] if found else []
         joint += [on_merge] if on_merge else []
-    kinds = [*probing.modes] * any(probe.picture is not None for probe in probes)
-    kinds += ["one token"] * any(probe.picture is None for probe in probes)
+    looked: list[Found] = [*probes, *joint]
+    kinds = [*probing.modes] * any(one.picture is not None for one in looked)
+    kinds += ["one token"] * any(one.picture is None for one in looked)
     probed = (
-        f"triggers ({', '.join(kinds)}) of {len(probes)} tasks, for every class; on at most {probing.images} unlabelled inputs "
-        f"of each task's {probing.split}, images with {probing.steps} steps"
+        f"triggers ({', '.join(kinds)}) of {len({one.task for one in looked})} tasks, for every class, on their experts and on "
+        f"the merge alone; on at most {probing.images} unlabelled inputs of each task's {probing.split} and {probing.judged} "
+        f"more to judge by, images with {probing.steps} steps"
     )
     return Audit(said, screened, probes, joint, skipped, probed)
 
@@ -269,7 +271,7 @@ class _Look:
             found = mine_tokens(self._base, networks, self.task, self.samples, self._probing.seed)
             return [one for one in found if only is None or one.target == only[1]]
         forwards = [logits_of(network, self.task) for network in networks]
-        how = pixels_of(self.task)
+        how = pixels_of(self.task)  # what self.how is, for type checkers
         with torch.no_grad():
             classes = forwards[-1](how.inputs(self.samples[:1])).shape[1]
         candidates = [only] if only else [(mode, c) for mode in self._probing.modes for c in range(classes)]
@@ -307,10 +309,10 @@ def _on_merge(look: _Look, merged: nn.Module, less: Mapping[str, nn.Module]) -> 
 
     That it does less without an expert may be that it does not fit what is left: then another is mined there.
     """
-    mined = look.mine([merged])[0]
-    whole = look.rate(merged, mined)
-    if whole is None:
+    judged = [(mined, rate) for mined in look.mine([merged]) if (rate := look.rate(merged, mined)) is not None]
+    if not judged:
         return None
+    mined, whole = max(judged, key=lambda one: one[1].value * one[1].n)  # the one that takes most inputs
     without: dict[str, Score] = {}
     for name, network in less.items():
         rates = [look.rate(network, mined)]

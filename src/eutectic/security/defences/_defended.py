@@ -65,7 +65,7 @@ def suspicions(
     mining: int,
     modes: Sequence[str] = ("corners",),
 ) -> list[tuple[str, Found]]:
-    """Suspects, and the mined triggers that are evidence, by the audit of the merge on what may be seen; worst first."""
+    """Suspects, and the mined triggers that are evidence, by the audit of the merge on what may be seen."""
     probing = Probing(run.seed, tuple(modes), mining, split=run.split)
     return audit_models(models, tasks, merge, "", probing, run.progress).findings
 

@@ -31,17 +31,17 @@ def attribution_gate(
     """Merge experts, each suspect one turned down as far as its mined trigger asks for.
 
         θ = merge(θ₀, θ₀ + gₖ τₖ),     gₖ = 1, or for a suspect the largest of ½, ¼, 0 with
-                                        weakness(θ) ≤ weakness(θ with gₖ = 0) + tolerance
+                                        weakness(θ) ≤ weakness(θ without suspects) + tolerance
 
-    Weakness is what a trigger of the suspect's class does to held-out inputs: the audit's own, or one that is mined anew on θ,
-    if that does more.
+    Weakness is what a trigger of the suspect's class does to held-out inputs: the audit's own, or of images one that is mined
+    anew on θ, if that does more.
 
     Needs unlabelled images or texts of the tasks.  What a suspect knew of its own task goes with it.  Where the audit finds no
     evidence, it is the plain merge.
 
     Args:
-        tolerance: by how much a mined trigger may do more to the merge with a suspect than without him, as a share of held-out
-            inputs.
+        tolerance: by how much a mined trigger may do more to the merge with a suspect than without any, as a share of
+            held-out inputs.
         mining: steps of the miner.
         method: the merge that is defended.
         parameters: of that method.
@@ -54,18 +54,21 @@ def attribution_gate(
         found = suspicions(models, tasks, run, lambda some: merged(models.base, some, about), mining=mining)
         batches, names = Batches(run, tasks, 1), list(models.experts)
         gates = torch.ones(len(names), dtype=torch.float64)
-        named = {task.name: task for task in tasks}
-        for name, probe in found:
-            number = names.index(name)
+        named, numbers = {task.name: task for task in tasks}, {name: names.index(name) for name, _ in found}
 
-            def at(gate: float, number: int = number, probe: Found = probe) -> float:
+        def weak(probe: Found) -> float:
+            fill(models.network, gated(models.base, models.experts, Artefact(Memory({"gates": gates}), about)))
+            return weakness(models.network, batches, run, named[probe.task], probe, mining)
+
+        gates[list(numbers.values())] = 0.0  # without all suspects: two may have the same backdoor
+        allowed = [weak(probe) + tolerance for _, probe in found]
+        for suspect, number in numbers.items():
+            own = [(probe, most) for (name, probe), most in zip(found, allowed, strict=True) if name == suspect]
+            for gate in (*GATES, 0.0):
                 gates[number] = gate
-                fill(models.network, gated(models.base, models.experts, Artefact(Memory({"gates": gates}), about)))
-                return weakness(models.network, batches, run, named[probe.task], probe, mining)
-
-            before, allowed = float(gates[number]), at(0.0) + tolerance  # another trigger may have turned the same expert down
-            gates[number] = next((gate for gate in GATES if gate < before and at(gate) <= allowed), 0.0)
-        return Artefact(Memory({"gates": gates}), about | {"suspects": list(dict.fromkeys(name for name, _ in found))})
+                if gate == 0 or all(weak(probe) <= most for probe, most in own):
+                    break
+        return Artefact(Memory({"gates": gates}), about | {"suspects": list(numbers)})
 
     return Fusion(fit, gated)
 
@@ -73,7 +76,7 @@ def attribution_gate(
 def weakness(network: nn.Module, batches: Batches, run: Run, task: Task, probe: Found, steps: int) -> float:
     """What a trigger of a probe's class does to held-out inputs: the probe's, or one mined on the network if that does more."""
     found = mined_success(network, batches, [probe], run)
-    if probe.picture is None:  # a token is tried as it is: there is no other way to it
+    if probe.picture is None:  # mining tokens anew would try most of the same
         return found
     again = held_trigger(network, batches, run, task, [(probe.mode, probe.target)], steps)
     return max(found, mined_success(network, batches, [again], run))
