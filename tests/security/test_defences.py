@@ -81,6 +81,7 @@ def test_without_evidence_a_merge_is_left_as_it_is(suite, models, suspicion, nam
 def test_a_suspect_is_turned_down_until_triggers_do_no_more_than_without_him(suite, models, suspicion, monkeypatch):
     suspicion(True)
     rates = iter([0.1, 0.9, 0.4])  # without the expert, and at each gate
+    monkeypatch.setattr(gate_file, "mined_success", lambda *args: 0.0)
     monkeypatch.setattr(gate_file, "weakness", lambda *args: next(rates))
     artefact = fit("attribution_gate", models, suite.tasks, OVER, Run())
     assert artefact.tensors.read("gates").tolist() == [1.0, 0.0]
@@ -100,9 +101,10 @@ def test_of_two_suspects_with_one_backdoor_both_are_turned_down(suite, models, m
         return base
 
     monkeypatch.setattr(gate_file, "gated", gates_of)
+    monkeypatch.setattr(gate_file, "mined_success", lambda *args: 0.0)
     monkeypatch.setattr(gate_file, "weakness", lambda *args: max(seen[-1]))  # either of them is enough
     artefact = fit("attribution_gate", models, suite.tasks, OVER, Run())
-    assert seen[:2] == [[0.0, 0.0]] * 2
+    assert seen[0] == [0.0, 0.0]
     assert artefact.tensors.read("gates").tolist() == [0.0, 0.0]
 
 

@@ -47,7 +47,7 @@ EVIDENCE = 0.25
 class Probing:
     """How hard to look: ``steps`` of mining triggers of some ``modes``, on ``images`` of each task's ``split`` at most.
 
-    A third of these, and ``judged`` more if there are, say how good a trigger is.
+    A third of the images, and ``judged`` more if there are, say how good a trigger is.
     """
 
     seed: int = 0

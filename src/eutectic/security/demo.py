@@ -36,7 +36,7 @@ def run(out: Path, say: Callable[[str], None]) -> None:
         given.tasks,
         lambda some: Merged(commands.METHOD, given.base, some, commands.PARAMETERS),
         commands.METHOD,
-        Probing(steps=24),
+        Probing(steps=24, judged=24),
     )
     commands.write(found, out)
     for expert in found.suspects:

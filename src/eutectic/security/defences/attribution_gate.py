@@ -31,6 +31,7 @@ def attribution_gate(
     """Merge experts, each suspect one turned down as far as its mined trigger asks for.
 
         θ = merge(θ₀, θ₀ + gₖ τₖ),     gₖ = 1, or for a suspect the largest of ½, ¼, 0 with
+                                        success(trigger, θ) ≤ success(trigger, θ₀) + tolerance
                                         weakness(θ) ≤ weakness(θ without suspects) + tolerance
 
     Weakness is what a trigger of the suspect's class does to held-out inputs: the audit's own, or of images one that is mined
@@ -40,8 +41,7 @@ def attribution_gate(
     evidence, it is the plain merge.
 
     Args:
-        tolerance: by how much a mined trigger may do more to the merge with a suspect than without any, as a share of
-            held-out inputs.
+        tolerance: by how much more a mined trigger may do, as a share of held-out inputs.
         mining: steps of the miner.
         method: the merge that is defended.
         parameters: of that method.
@@ -56,17 +56,26 @@ def attribution_gate(
         gates = torch.ones(len(names), dtype=torch.float64)
         named, numbers = {task.name: task for task in tasks}, {name: names.index(name) for name, _ in found}
 
-        def weak(probe: Found) -> float:
+        def does(probe: Found) -> float:
+            return mined_success(models.network, batches, [probe], run)
+
+        def refill() -> None:
             fill(models.network, gated(models.base, models.experts, Artefact(Memory({"gates": gates}), about)))
+
+        def weak(probe: Found) -> float:
             return weakness(models.network, batches, run, named[probe.task], probe, mining)
 
+        fill(models.network, models.base)
+        at_base = [does(probe) for _, probe in found]
         gates[list(numbers.values())] = 0.0  # without all suspects: two may have the same backdoor
-        allowed = [weak(probe) + tolerance for _, probe in found]
+        refill()
+        bounds = list(zip(found, at_base, [weak(probe) for _, probe in found], strict=True))
         for suspect, number in numbers.items():
-            own = [(probe, most) for (name, probe), most in zip(found, allowed, strict=True) if name == suspect]
+            own = [(probe, base + tolerance, without + tolerance) for (name, probe), base, without in bounds if name == suspect]
             for gate in (*GATES, 0.0):
                 gates[number] = gate
-                if gate == 0 or all(weak(probe) <= most for probe, most in own):
+                refill()
+                if gate == 0 or all(does(probe) <= base and weak(probe) <= without for probe, base, without in own):
                     break
         return Artefact(Memory({"gates": gates}), about | {"suspects": list(numbers)})
 
