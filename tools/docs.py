@@ -227,7 +227,7 @@ def safety_page() -> str:
 def _attacked(found: Sequence[record.Record]) -> str:
     """The table of one attack on a suite."""
     rows: dict[str, dict[int, dict[str, float]]] = {}
-    (task,) = {one.task for one in found if one.metric == "attack success rate"}
+    (task,) = {one.task for one in found if one.metric == ASR}
     for one in found:
         kept = one.parameters.keys() - {"method", "parameters"}
         changed = ", ".join(f"{name} {one.parameters[name]}" for name in sorted(kept))
@@ -238,10 +238,7 @@ def _attacked(found: Sequence[record.Record]) -> str:
                 raise ValueError(f"{one.suite}, {one.method}, seed {one.seed}: {metric} is on record twice, {one.notes}")
             cell[metric] = 100 * one.value
             cell["seconds"] = one.wall_s or 0.0
-    lines = [
-        "| network | seeds | mean | " + task + " | ASR | under the trigger | DER | s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    lines = [_row(["network", "seeds", "mean", task, "ASR", "under the trigger", "DER", "s"]), f"|---|{'---:|' * 7}"]
     for name, seeds in rows.items():
         shown = [[cell[metric] for cell in seeds.values() if metric in cell] for metric in SAFETY]
         undefended = rows.get(f"{name.split(' (')[0].split(' over ')[-1]}, poisoned", {}) if " over " in name else {}

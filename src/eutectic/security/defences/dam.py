@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,9 +75,8 @@ def dam(
         equation = Weighted(models.network, models.base, {"merge": source}, fixed=[1.0])
         ones = torch.ones(equation.shape, dtype=torch.float64)
         masks = [ConcreteMask(equation, temperature, run.seed + number) for number in range(2)]
-        undefended = copy.deepcopy(models.network).requires_grad_(False)
-        fill(undefended, source)
-        mined = {one.task: one.mined.z for one in held_triggers(undefended, batches, run, mode, mining)}
+        fill(equation.network, source)
+        mined = {one.task: one.mined.z for one in held_triggers(equation.network, batches, run, mode, mining)}
         triggers = Climbing(equation.network, batches, run, mode, loss, inner_lr, safety, start=mined)
 
         def slopes(samples: Sequence[Sequence[Tensor]], which: int) -> dict[str, Tensor]:
