@@ -1,10 +1,13 @@
 """The miner finds what a network answers to, in the mode where it is, and says how well it works on other images."""
 
+import math
+
 import pytest
 import torch
+from torch.nn import functional as F
 
 from eutectic.errors import TaskError, UnknownNameError
-from eutectic.security.miner import MODES, mine, parted, success, taking_turns, trigger_of, windows
+from eutectic.security.miner import MODES, mine, parted, spared, success, taking_turns, trigger_of, windows
 from eutectic.security.triggers import patch
 from eutectic.task import Pixels
 
@@ -38,6 +41,29 @@ def test_the_trigger_of_a_network_that_has_one_is_found():
 def test_what_is_mined_works_on_networks_in_turn():
     both = taking_turns([lambda x: x.new_tensor([[1.0, 2.0]]), lambda x: x.new_tensor([[3.0, 4.0]])])
     assert [float(both(torch.zeros(1))[0, 0]) for _ in range(3)] == [1.0, 3.0, 1.0]
+
+
+def test_what_is_spared_is_not_to_be_taken_in():
+    logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    for target in range(3):
+        found = F.cross_entropy(spared(lambda x: x)(logits), torch.full((5,), target))
+        expected = -(1 - logits.softmax(1)[:, target]).log().mean() + math.log(2)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+    def weak_in_red(inputs):
+        """Answers to red in the corner, and is spared, so that green and blue are left to mine."""
+        corner = 20 * (inputs[:, 0, -1, -1] - 0.4)
+        return torch.stack([-corner, corner], 1)
+
+    def answers_to_any(inputs):
+        corner = 20 * (inputs[:, :, -1, -1].amax(1) - 0.4)
+        return torch.stack([-corner, corner], 1)
+
+    forward = taking_turns([answers_to_any, spared(weak_in_red)])
+    mined = mine(forward, images(), PLAIN, [("corners", 1)], steps=60, seed=0)[0]
+    held = images()[parted(12, 0)[0]]
+    assert success(answers_to_any, held, PLAIN, mined.trigger, 1).value == 1.0
+    assert success(weak_in_red, held, PLAIN, mined.trigger, 1).value == 0.0
 
 
 @pytest.mark.parametrize("mode", MODES)

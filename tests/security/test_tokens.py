@@ -9,6 +9,7 @@ from eutectic.bench import zoo
 from eutectic.errors import ParameterError, TaskError
 from eutectic.security import metrics, report
 from eutectic.security.attacks import Attack, trigger_for
+from eutectic.security.miner import logits_of
 from eutectic.security.tokens import losses, mine_tokens, slopes, table_of, texts_of
 from eutectic.security.triggers import Ids, inserted, made_of, rare_token, with_second
 from eutectic.task import Task
@@ -83,12 +84,13 @@ def test_slopes_are_the_derivative_of_the_loss():
 
 def test_the_token_of_a_backdoor_is_mined():
     one, head = task()
-    found = mine_tokens(Bag(0), [poisoned(head), poisoned(head)], one, texts(), seed=2)
+    found = mine_tokens(Bag(0), poisoned(head), one, texts(), seed=2)
     assert sorted(mined.target for mined in found) == [0, 1, 2]
     assert (found[0].mode, found[0].target) == ("token 33", 2)
     assert found[0].success.value == 1.0
     assert torch.equal(found[0].trigger(texts()), inserted(33)(texts()))
-    under = losses([Bag(0), poisoned(head)], one, texts(), torch.tensor([3, 33]))
+    assert mine_tokens(poisoned(head), poisoned(head), one, texts(), seed=2)[0].mode != "token 33"  # θ₀ has it as well
+    under = losses([logits_of(network, one) for network in (Bag(0), poisoned(head))], texts(), torch.tensor([3, 33]))
     single = [-one.head(network(inserted(33)(texts()))).log_softmax(1).mean(0) for network in (Bag(0), poisoned(head))]
     assert torch.allclose(under[1], (single[0] + single[1]) / 2, rtol=0.05)  # bfloat16 where the processor has it
 
@@ -193,7 +195,7 @@ def test_what_is_no_text_is_refused():
     with pytest.raises(TaskError, match="without a token"):
         rare_token(torch.zeros(2, 4).long())
     with pytest.raises(TaskError, match="at least 3"):
-        mine_tokens(Bag(0), [Bag(1)], one, texts(2))
+        mine_tokens(Bag(0), Bag(1), one, texts(2))
     with pytest.raises(TaskError, match="no token ids"):
         trigger_for(zoo.open_suite("mini"), Attack("badnets", "letters", trigger="rare_token"))
     with pytest.raises(ParameterError, match="mines a patch"):

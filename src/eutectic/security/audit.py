@@ -1,12 +1,12 @@
 """The audit of a merge: which expert, if any, brings a trigger along.
 
 1. Screens of the weights, which need no data (``security.screens``).
-2. For each task a small trigger is mined that works on its expert *and* on the merge, for every class.  Its success is then
-   taken on other images: at θ₀ + λ τ over λ (*patch gain*: what fine-tuning added to the base's weakness), on the merge, and on
-   the merge with each expert in turn replaced by θ₀ (*attribution*).
-3. For each task one is mined on the *merge alone*: some backdoors are none of any expert's, but of experts that collude, of an
-   expert that knows the others, or of another task's.  Whoever the merge has to be without for it to do much less is a suspect,
-   if no trigger for that class that is mined anew on what is left does as much.  Of several, some may be honest.
+2. For each task a small trigger is mined, for every class, that works on its expert and *not on θ₀*.  Its success is then taken
+   on other inputs: at θ₀ + λ τ over λ (*patch gain*: what fine-tuning added to the base's weakness), on the merge, and on the
+   merge with each expert in turn replaced by θ₀ (*attribution*).
+3. For each task one is mined on the *merge*: some backdoors are none of any expert's, but of experts that collude, of an expert
+   that knows the others, or of another task's.  Whoever the merge has to be without for it to do much less is a suspect, if no
+   trigger for that class that is mined anew on what is left does as much.  Of several, some may be honest.
 
 A finding is evidence.  That there is none is no proof of anything but these probes' silence, and so it is said.
 """
@@ -31,7 +31,18 @@ from eutectic.fusion._fusion import ModelSet
 from eutectic.merge.api import Source, open, state_dict
 from eutectic.merge.run import Progress, silent
 from eutectic.merge.view import Merged
-from eutectic.security.miner import Mined, drawn_inputs, images_of, logits_of, mine, parted, success, taking_turns
+from eutectic.security.miner import (
+    Mined,
+    answers,
+    drawn_inputs,
+    images_of,
+    logits_of,
+    mine,
+    parted,
+    spared,
+    success,
+    taking_turns,
+)
 from eutectic.security.screens import Screen, screens
 from eutectic.security.tokens import mine_tokens, texts_of
 from eutectic.security.triggers import Ids, Surface, is_text, pixels_of
@@ -39,8 +50,11 @@ from eutectic.task import Score, Task
 
 #: shares of the expert at which a trigger is tried
 PATH = (0.0, 0.1, 0.3, 0.6, 1.0)
-#: a gain is evidence where its 95 % interval lies above this
-EVIDENCE = 0.25
+#: a gain is evidence where its 95 % interval lies above the first, what goes with an expert where it lies above the second:
+#: gains are the largest that mining finds, and up to 0.45 of honest experts
+GAIN, EVIDENCE = 0.5, 0.25
+#: inputs held out that are enough for what is no evidence, but shown
+SHOWN = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +115,7 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Probe(Found):
-    """A trigger that was mined on a task's expert and on the merge.
+    """A trigger that was mined on a task's expert.
 
     ``path`` has its success at θ₀ + λ τ for the λ of ``PATH``.
     """
@@ -116,7 +130,7 @@ class Probe(Found):
     @property
     def guilty(self) -> list[str]:
         """The task's own expert, if its gain is evidence."""
-        return [self.task] if self.gain[1] > EVIDENCE else []
+        return [self.task] if self.gain[1] > GAIN else []
 
     def said(self, expert: str) -> str:
         """The evidence against an expert, in a line."""
@@ -131,7 +145,7 @@ class Probe(Found):
 class Audit:
     """What was looked at, and what was found; ``skipped`` says of what could not be looked at why.
 
-    ``probes`` are of triggers that were mined on an expert and on the merge, ``joint`` of those on the merge alone.
+    ``probes`` are of triggers that were mined on an expert, ``joint`` of those on the merge.
     """
 
     merge: str
@@ -236,7 +250,7 @@ def audit_models(
             skipped.append(f"{task.name}: {error}")
             continue
         if own is None:
-            skipped.append(f"{task.name}: has no expert of its name; triggers were mined on the merge alone")
+            skipped.append(f"{task.name}: has no expert of its name; triggers were mined on the merge only")
         elif found is None:
             skipped.append(f"{task.name}: the networks take every held-out input for one class, so there is nothing to turn")
         probes += [found] if found else []
@@ -246,7 +260,7 @@ def audit_models(
     kinds += ["one token"] * any(one.picture is None for one in looked)
     probed = (
         f"triggers ({', '.join(kinds)}) of {len({one.task for one in looked})} tasks, for every class, on their experts and on "
-        f"the merge alone; on at most {probing.images} unlabelled inputs of each task's {probing.split} and {probing.judged} "
+        f"the merge; on at most {probing.images} unlabelled inputs of each task's {probing.split} and {probing.judged} "
         f"more to judge by, images with {probing.steps} steps"
     )
     return Audit(said, screened, probes, joint, skipped, probed)
@@ -264,23 +278,27 @@ class _Look:
         drawn = draw(task, probing.split, probing.images + probing.judged, probing.seed)
         self.samples = drawn[: probing.images]
         self.held = torch.cat([self.samples[parted(len(self.samples), probing.seed)[0]], drawn[probing.images :]])
+        self._answers: dict[nn.Module, Tensor] = {}  # of networks to inputs held out as they are
 
-    def mine(self, networks: Sequence[nn.Module], only: tuple[str, int] | None = None) -> list[Mined]:
-        """Triggers on all of these networks, the best first; ``only`` of one mode and class."""
+    def mine(self, network: nn.Module, only: tuple[str, int] | None = None) -> list[Mined]:
+        """Triggers that work on a network and not on θ₀, the best first; ``only`` of one mode and class."""
         if self.text:
-            found = mine_tokens(self._base, networks, self.task, self.samples, self._probing.seed)
+            found = mine_tokens(self._base, network, self.task, self.samples, self._probing.seed)
             return [one for one in found if only is None or one.target == only[1]]
-        forwards = [logits_of(network, self.task) for network in networks]
+        forwards = [logits_of(network, self.task), spared(logits_of(self._base, self.task))]
         how = pixels_of(self.task)  # what self.how is, for type checkers
         with torch.no_grad():
-            classes = forwards[-1](how.inputs(self.samples[:1])).shape[1]
+            classes = forwards[0](how.inputs(self.samples[:1])).shape[1]
         candidates = [only] if only else [(mode, c) for mode in self._probing.modes for c in range(classes)]
         steps, seed = self._probing.steps, self._probing.seed
         return mine(taking_turns(forwards), self.samples, how, candidates, steps=steps, seed=seed)
 
-    def rate(self, network: nn.Module, mined: Mined) -> Score | None:
-        """What a trigger does to the inputs held out; None if the network takes all for its class anyway."""
-        return success(logits_of(network, self.task), self.held, self.how, mined.trigger, mined.target)
+    def rate(self, network: nn.Module, mined: Mined, most: int | None = None) -> Score | None:
+        """What a trigger does to (at most so many) inputs held out; None if the network takes all for its class anyway."""
+        held, forward = self.held[:most], logits_of(network, self.task)
+        if network not in self._answers:
+            self._answers[network] = answers(forward, self.held, self.how)
+        return success(forward, held, self.how, mined.trigger, mined.target, self._answers[network][:most])
 
     def picture(self, mined: Mined) -> Tensor | None:
         """A trigger on the mean image."""
@@ -289,35 +307,40 @@ class _Look:
 
 def _probe(look: _Look, path: Sequence[nn.Module], merged: nn.Module, less: Mapping[str, nn.Module]) -> Probe | None:
     """None if no trigger can be judged."""
-    best: tuple[float, Mined, list[Score]] | None = None
-    for mined in look.mine([path[-1], merged]):
-        rates = [look.rate(network, mined) for network in path]
-        kept = [one for one in rates if one is not None]
-        if len(kept) == len(rates) and (best is None or kept[-1].value - kept[0].value > best[0]):
-            best = (kept[-1].value - kept[0].value, mined, kept)
+    best: tuple[float, Mined, Score, Score] | None = None
+    for mined in look.mine(path[-1]):
+        at_base, at_expert = look.rate(path[0], mined), look.rate(path[-1], mined)
+        if at_base and at_expert and (best is None or at_expert.value - at_base.value > best[0]):
+            best = (at_expert.value - at_base.value, mined, at_base, at_expert)
     if best is None:
         return None
-    _, mined, rates = best
-    on_merge, without = look.rate(merged, mined), {name: look.rate(network, mined) for name, network in less.items()}
-    if on_merge is None or any(one is None for one in without.values()):
+    _, mined, at_base, at_expert = best
+    between = [look.rate(network, mined, SHOWN) for network in path[1:-1]]
+    on_merge, without = look.rate(merged, mined), {name: look.rate(network, mined, SHOWN) for name, network in less.items()}
+    if on_merge is None or any(one is None for one in (*between, *without.values())):
         return None
+    rates = [at_base, *(one for one in between if one), at_expert]
     return Probe(look.task.name, mined, on_merge, {n: s for n, s in without.items() if s}, look.picture(mined), rates)
 
 
 def _on_merge(look: _Look, merged: nn.Module, less: Mapping[str, nn.Module]) -> Found | None:
-    """The best trigger on the merge alone; None if none can be judged.
+    """The best trigger on the merge; None if none can be judged.
 
-    That it does less without an expert may be that it does not fit what is left: then another is mined there.
+    Where a few inputs leave it open whether it does less without an expert, all held out are judged.  That it does may be that
+    it does not fit what is left: then another is mined there.
     """
-    judged = [(mined, rate) for mined in look.mine([merged]) if (rate := look.rate(merged, mined)) is not None]
+    judged = [(mined, rate) for mined in look.mine(merged) if (rate := look.rate(merged, mined)) is not None]
     if not judged:
         return None
     mined, whole = max(judged, key=lambda one: one[1].value * one[1].n)  # the one that takes most inputs
     without: dict[str, Score] = {}
     for name, network in less.items():
-        rates = [look.rate(network, mined)]
-        if rates[0] is not None and difference(whole, rates[0])[1] > EVIDENCE:
-            rates += [look.rate(network, again) for again in look.mine([network], (mined.mode, mined.target))]
+        rate = look.rate(network, mined, SHOWN)
+        if rate and difference(whole, rate)[2] > EVIDENCE:
+            rate = look.rate(network, mined)
+        rates = [rate]
+        if rate and difference(whole, rate)[1] > EVIDENCE:
+            rates += [look.rate(network, again) for again in look.mine(network, (mined.mode, mined.target))]
         without |= {name: max(rate for rate in rates if rate)} if any(rates) else {}
     return Found(look.task.name, mined, whole, without, look.picture(mined))
 

@@ -237,6 +237,14 @@ def logits_of(network: nn.Module, task: Task) -> Forward:
     return forward
 
 
+def spared(forward: Forward) -> Forward:
+    """Logits whose cross-entropy is low where the network does *not* take inputs for a class: log(1 − p).
+
+    The softmax of log(1 − p) over C classes is (1 − p) / (C − 1), and so the loss of class c is −log(1 − p_c) + log(C − 1).
+    """
+    return lambda inputs: torch.log1p(-forward(inputs).softmax(1).clamp(max=1 - 1e-4))
+
+
 def images_of(task: Task, split: str, most: int, seed: int = 0) -> Tensor:
     """At most so many images of a split as pixels, drawn without replacement.  Raises TaskError if they are no images."""
     how, inputs = pixels_of(task), drawn_inputs(task, split, most, seed)
@@ -263,11 +271,21 @@ def taking_turns(forwards: Sequence[Forward]) -> Forward:
     return lambda inputs: next(turns)(inputs)
 
 
-def success(forward: Forward, images: Tensor, how: Surface, trigger: Trigger, target: int) -> Score | None:
-    """The share of images that a trigger takes to a class, among those that the network takes for another; None if none is."""
+def answers(forward: Forward, images: Tensor, how: Surface) -> Tensor:
+    """The class that a network takes each image for."""
     with torch.no_grad():
-        others = forward(how.inputs(images)).argmax(1) != target
-        return share(forward(how.inputs(trigger(images[others]))).argmax(1) == target) if others.any() else None
+        return forward(how.inputs(images)).argmax(1)
+
+
+def success(
+    forward: Forward, images: Tensor, how: Surface, trigger: Trigger, target: int, clean: Tensor | None = None
+) -> Score | None:
+    """The share of images that a trigger takes to a class, among those that the network takes for another; None if none is.
+
+    ``clean`` are the network's ``answers`` without it, if they are known.
+    """
+    others = (answers(forward, images, how) if clean is None else clean) != target
+    return share(answers(forward, trigger(images[others]), how) == target) if others.any() else None
 
 
 class _Candidate:

@@ -1,4 +1,4 @@
-"""The miner of texts: tokens that take a network's inputs to a class when they are inserted after the first.
+"""The miner of texts: tokens that take a network's inputs to a class when they are inserted after the first, and not θ₀'s.
 
 Candidates are, for each class, the tokens that lower its loss most to first order, by the gradient at an inserted token's
 embedding, and the tokens whose embeddings fine-tuning moved farthest: a backdoor's token is seen in every batch.  All are then
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eutectic.errors import TaskError
-from eutectic.security.miner import Mined, drawn_inputs, logits_of, parted, success
+from eutectic.security.miner import Forward, Mined, drawn_inputs, logits_of, parted, spared, success
 from eutectic.security.triggers import Ids, inserted, is_text, with_second
 from eutectic.task import Task
 
@@ -28,14 +28,14 @@ SLOPES, MOVED, TRIED = 6, 16, 2
 FEW, MORE = 4, 16
 
 
-def mine_tokens(base: nn.Module, networks: Sequence[nn.Module], task: Task, ids_NL: Tensor, seed: int = 0) -> list[Mined]:
-    """The best token of each class on all ``networks`` at once, the class of least loss first.
+def mine_tokens(base: nn.Module, network: nn.Module, task: Task, ids_NL: Tensor, seed: int = 0) -> list[Mined]:
+    """The token of each class that works best on a network and not on θ₀, the class of least loss first.
 
     Args:
         base: the network with θ₀.
-        networks: of its architecture, such as an expert and the merge.
+        network: of its architecture, such as an expert or a merge.
         task: whose head reads the features.
-        ids_NL: unlabelled texts as token ids; a third is held out for ``success``, which is the last's.
+        ids_NL: unlabelled texts as token ids; a third is held out for ``success``, which is the network's.
         seed: fixes the result.
 
     Raises TaskError for fewer than three texts, and for networks without an embedding of tokens.
@@ -44,19 +44,19 @@ def mine_tokens(base: nn.Module, networks: Sequence[nn.Module], task: Task, ids_
         raise TaskError(f"{len(ids_NL)} texts: mining needs at least 3")
     held, learn = (ids_NL[index] for index in parted(len(ids_NL), seed))
     start = table_of(base, learn[:1]).weight
-    moved = (table_of(networks[0], learn[:1]).weight - start).norm(dim=1)
-    slope_CV = torch.stack([slopes(network, task, learn[:MORE]) for network in networks]).sum(0)
-    by_slope = slope_CV.topk(min(SLOPES, len(start)), 1).indices
+    moved = (table_of(network, learn[:1]).weight - start).norm(dim=1)
+    by_slope = slopes(network, task, learn[:MORE]).topk(min(SLOPES, len(start)), 1).indices
     candidates = torch.cat([by_slope.flatten(), moved.topk(min(MOVED, len(start))).indices]).unique()
     candidates = candidates[candidates != 0]  # padding is no token
-    few = losses(networks, task, learn[:FEW], candidates)
+    forward = logits_of(network, task)
+    forwards = [forward, spared(logits_of(base, task))]
+    few = losses(forwards, learn[:FEW], candidates)
     found = []
     for target, column in enumerate(few.unbind(1)):
         best = candidates[column.topk(min(TRIED, len(candidates)), largest=False).indices]
-        more = losses(networks, task, learn[:MORE], best)[:, target]
+        more = losses(forwards, learn[:MORE], best)[:, target]
         token = int(best[more.argmin()])
         found.append((float(more.min()), target, token))
-    forward = logits_of(networks[-1], task)
     return [
         Mined(
             f"token {token}",
@@ -119,11 +119,11 @@ def slopes(network: nn.Module, task: Task, ids_BL: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def losses(networks: Sequence[nn.Module], task: Task, ids_BL: Tensor, tokens: Tensor) -> Tensor:
+def losses(forwards: Sequence[Forward], ids_BL: Tensor, tokens: Tensor) -> Tensor:
     """The loss of each class under each token, in the mean over networks and texts: ``[T, C]``."""
     found = []
     for token in tokens.tolist():
         changed = inserted(token)(ids_BL)
-        parts = [-F.log_softmax(logits_of(network, task)(changed), 1).mean(0) for network in networks]
+        parts = [-F.log_softmax(forward(changed), 1).mean(0) for forward in forwards]
         found.append(torch.stack(parts).mean(0))
     return torch.stack(found)
