@@ -4,8 +4,8 @@
 
 As many honest merges as poisoned ones, each of four experts drawn anew, by task arithmetic and TIES in turns.  In a poisoned
 one the expert of one of the four tasks is an attacker's: attacks, sizes and target classes take turns, and two merges share an
-attacker.  An audit's score is the largest lower bound of a patch gain among the merge's experts; what makes a suspect is the
-audit's own threshold, which was set before.  Records have every expert's gain, and at the end the panel's numbers.
+attacker.  An audit's score is by how much what it found is above what it takes for evidence, at most; these thresholds were set
+before, on other attackers and merges.  Records have every expert's gain, and at the end the panel's numbers.
 """
 
 from __future__ import annotations
@@ -38,22 +38,14 @@ EXPERTS, SHARED = 4, 2
 
 
 class Audited(NamedTuple):
-    """A merge's audit: whose expert is poisoned if one is, each expert's gain, and whom it suspects."""
+    """A merge's audit: whose expert is poisoned if one is, each expert's gain, what speaks most, against whom, and suspects."""
 
     attack: Attack | None
     gains: dict[str, tuple[float, float, float]]
+    score: float
+    first: str
     suspects: list[str]
     seconds: float
-
-    @property
-    def score(self) -> float:
-        """The largest lower bound of a gain."""
-        return max((low for _, low, _ in self.gains.values()), default=-1.0)
-
-    @property
-    def first(self) -> str:
-        """Who has it."""
-        return max(self.gains, key=lambda name: self.gains[name][1], default="")
 
 
 def panel(suite: Suite, merges: int, steps: int) -> Iterator[tuple[Audited, str]]:
@@ -81,7 +73,9 @@ def panel(suite: Suite, merges: int, steps: int) -> Iterator[tuple[Audited, str]
                 Probing(seed=number),
             )
             gains = {probe.task: probe.gain for probe in found.probes}
-            yield Audited(attack, gains, found.suspects, time.perf_counter() - started), f"{method} of {', '.join(experts)}"
+            score, first, _ = max(found.charges, key=lambda one: one[0])
+            seconds = time.perf_counter() - started
+            yield Audited(attack, gains, score, first, found.suspects, seconds), f"{method} of {', '.join(experts)}"
 
 
 def auroc(honest: list[float], poisoned: list[float]) -> float:
