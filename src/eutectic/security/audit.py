@@ -307,7 +307,10 @@ class _Look:
             forwards.append(spared(logits_of(self._base, self.task)))
         candidates = [only] if only else [(mode, c) for mode in self._probing.modes for c in range(classes)]
         steps = max(1, self._probing.steps * len(forwards) // 2)
-        return mine(taking_turns(forwards), self.samples, how, candidates, steps=steps, seed=self._probing.seed)
+        # few images and long steps: gains of attackers and of honest experts are those of eight images and steps of 0.15
+        return mine(
+            taking_turns(forwards), self.samples, how, candidates, steps=steps, lr=0.3, batch_size=4, seed=self._probing.seed
+        )
 
     def rate(self, network: nn.Module, mined: Mined, most: int | None = None) -> Score | None:
         """What a trigger does to (at most so many) inputs held out; None if the network takes all for its class anyway."""
