@@ -5,7 +5,8 @@
 As many honest merges as poisoned ones, each of four experts drawn anew, by task arithmetic and TIES in turns.  In a poisoned
 one the expert of one of the four tasks is an attacker's: attacks, sizes and target classes take turns, and two merges share an
 attacker.  An audit's score is by how much what it found is above what it takes for evidence, at most; these thresholds were set
-before, on other attackers and merges.  Records have every expert's gain, and at the end the panel's numbers.
+before, on other attackers; the honest experts are the suite's, in other merges.  Records have every expert's gain and each
+merge's score, and at the end the panel's numbers.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def panel(suite: Suite, merges: int, steps: int) -> Iterator[tuple[Audited, str]
                 Probing(seed=number),
             )
             gains = {probe.task: probe.gain for probe in found.probes}
-            score, first, _ = max(found.charges, key=lambda one: one[0])
+            score, first, _ = max(found.charges, key=lambda one: one[0])  # of a suite's tasks all can be probed
             seconds = time.perf_counter() - started
             yield Audited(attack, gains, score, first, found.suspects, seconds), f"{method} of {', '.join(experts)}"
 
@@ -101,6 +102,7 @@ def main() -> None:
         what = "honest" if one.attack is None else f"{one.attack.kind} {one.attack.size} px on {one.attack.task}"
         for name, gain in one.gains.items():
             write(name, "patch_gain", *gain, 1, f"{what}; {said}")
+        write("mean", "charge", one.score, one.score, one.score, 1, f"{what}; {said}; most against {one.first}")
         done.append(one)
         suspects = ", ".join(one.suspects) or "–"
         print(f"{what:36} {one.score:6.2f} {one.first:14} suspects: {suspects:24} {one.seconds:5.0f} s", flush=True)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tests.bench.cuts import cut
+from torch import nn
 from typer.testing import CliRunner
 
 import eutectic as eu
@@ -15,10 +16,10 @@ from eutectic.checkpoint.views import Lerp
 from eutectic.cli import safety
 from eutectic.errors import LayoutError, RecipeError
 from eutectic.security import commands, report
-from eutectic.security.audit import PATH, Probing, difference
+from eutectic.security.audit import EVIDENCE, GAIN, NEEDED, PATH, Probing, difference
 from eutectic.security.metrics import share
 from eutectic.security.screens import robust_z, screens
-from eutectic.task import Arrays, Task
+from eutectic.task import Arrays, Pixels, Task
 
 QUICK = Probing(steps=2, images=9)
 SIZES = {"train": 4, "val": 4, "adapt": 12, "test": 12}
@@ -111,6 +112,51 @@ def test_one_expert_that_is_the_base_gains_nothing(suite):
     for probe in found.probes:  # with two classes there may be no image that is taken for the other one
         assert probe.gain[0] == 0.0
     assert found.suspects == []
+
+
+class Corner(nn.Module):
+    """Class 0 or 1 by the mean of the inner part, class 2 as far as the gain says where a corner's pixel is bright."""
+
+    def __init__(self, gain: float = 0.0) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([[gain]]))
+
+    def forward(self, inputs):
+        corner = 30 * self.gain[0] * (inputs[:, :, -1, -1].amax(1) - 0.6)
+        mean = 40 * (inputs[..., 2:-2, 2:-2].mean((-3, -2, -1)) - 0.15)
+        return torch.stack([-mean, mean, corner - 5 * (1 - self.gain[0])], -1)
+
+
+def corners(name="one", n=192):
+    images = torch.rand(n, 3, 14, 14, generator=torch.Generator().manual_seed(3)) * 0.3
+    return Task(name, lambda features: features, adapt=(images, torch.zeros(n).long()), pixels=Pixels((0.0,) * 3, (1.0,) * 3))
+
+
+def test_who_answers_to_a_corner_is_named_and_an_honest_expert_is_not():
+    experts = {"one": Corner(1.0), "other": Corner()}
+    found = eu.audit(Corner(), experts, tasks=[corners(), corners("other")], scale=0.9)
+    assert found.suspects == ["one"]
+    assert [(one.task, one.target) for name, one in found.findings] == [("one", 2), ("one", 2), ("other", 2)]
+    assert [charge > 0 for charge, *_ in found.charges] == [True, False, True, True, False, False]
+    own, joint = found.probes[0], found.joint[0]
+    assert own.path[0].value == 0.0
+    assert own.path[-1].value > 0.9
+    assert own.path[-1].n == 144  # all that are held out; what is only shown is of fewer
+    assert {score.n for score in (*own.path[1:-1], *own.without.values())} == {48}
+    assert {name: score.n for name, score in joint.without.items()} == {"one": 144, "other": 48}  # it may be, and is not
+    assert joint.drop("one")[1] > EVIDENCE
+    everywhere = eu.audit(Corner(1.0), {"one": Corner(1.0)}, tasks=[corners()], scale=0.9)  # θ₀'s own weakness
+    assert everywhere.suspects == []
+    few = eu.audit(Corner(), {"one": Corner(1.0)}, tasks=[corners(n=24)], scale=0.9, probing=Probing(judged=0, images=24))
+    assert few.probes[0].guilty == []
+    assert any("too few for any gain" in line for line in few.skipped)
+
+
+def test_how_many_inputs_a_gain_needs():
+    def best(n):
+        return difference(share(torch.ones(n) > 0), share(torch.zeros(n) > 0))[1]
+
+    assert best(NEEDED) > GAIN > best(NEEDED - 1)
 
 
 def test_the_interval_of_a_difference():

@@ -49,6 +49,9 @@ def test_what_is_spared_is_not_to_be_taken_in():
         found = F.cross_entropy(spared(lambda x: x)(logits), torch.full((5,), target))
         expected = -(1 - logits.softmax(1)[:, target]).log().mean() + math.log(2)
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    sure = torch.tensor([[30.0, 0.0, 0.0]], requires_grad=True)  # is pushed away from it all the same
+    F.cross_entropy(spared(lambda x: x)(sure), torch.tensor([0])).backward()
+    assert sure.grad[0, 0].item() == pytest.approx(1.0)
 
     def weak_in_red(inputs):
         """Answers to red in the corner, and is spared, so that green and blue are left to mine."""
@@ -80,7 +83,8 @@ def test_modes_stay_in_range_and_start_from_any_image(mode):
 def test_success_is_of_images_that_are_not_taken_for_the_class_anyway():
     held, learn = parted(12, 0)
     assert sorted([*held.tolist(), *learn.tolist()]) == list(range(12))
-    assert success(lambda x: x.new_tensor([[0.0, 1.0]]).expand(len(x), 2), images(), PLAIN, patch(SIDE, 2), 1) is None
+    none = success(lambda x: x.new_tensor([[0.0, 1.0]]).expand(len(x), 2), images(), PLAIN, patch(SIDE, 2), 1)
+    assert none == (0.0, 0.0, 1.0, 0)
     assert success(lambda x: x.new_tensor([[0.0, 1.0]]).expand(len(x), 2), images(), PLAIN, patch(SIDE, 2), 0).value == 0.0
 
 

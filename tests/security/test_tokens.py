@@ -9,6 +9,7 @@ from eutectic.bench import zoo
 from eutectic.errors import ParameterError, TaskError
 from eutectic.security import metrics, report
 from eutectic.security.attacks import Attack, trigger_for
+from eutectic.security.audit import EVIDENCE
 from eutectic.security.miner import logits_of
 from eutectic.security.tokens import losses, mine_tokens, slopes, table_of, texts_of
 from eutectic.security.triggers import Ids, inserted, made_of, rare_token, with_second
@@ -89,7 +90,8 @@ def test_the_token_of_a_backdoor_is_mined():
     assert (found[0].mode, found[0].target) == ("token 33", 2)
     assert found[0].success.value == 1.0
     assert torch.equal(found[0].trigger(texts()), inserted(33)(texts()))
-    assert mine_tokens(poisoned(head), poisoned(head), one, texts(), seed=2)[0].mode != "token 33"  # θ₀ has it as well
+    spared = mine_tokens(poisoned(head), poisoned(head), one, texts(), seed=2, spare=True)
+    assert "token 33" not in [mined.mode for mined in spared]  # θ₀ has it as well
     under = losses([logits_of(network, one) for network in (Bag(0), poisoned(head))], texts(), torch.tensor([3, 33]))
     single = [-one.head(network(inserted(33)(texts()))).log_softmax(1).mean(0) for network in (Bag(0), poisoned(head))]
     assert torch.allclose(under[1], (single[0] + single[1]) / 2, rtol=0.05)  # bfloat16 where the processor has it
@@ -159,8 +161,8 @@ def test_experts_that_collude_are_found_on_the_merge_alone():
     assert all(probe.guilty == [] for probe in found.probes)
     assert [(one.mode, one.target, one.guilty) for one in found.joint] == [("token 33", 2, ["one", "other"])] * 2
     assert [line.startswith("on the merge a small trigger") for line in found.evidence("one")] == [True, True]
-    assert report.to_json(found)["joint"][0]["drop"]["one"]["low"] > 0.25
-    assert "other, merge alone" in report.html(found, "audit")
+    assert report.to_json(found)["joint"][0]["drop"]["one"]["low"] > EVIDENCE
+    assert "other, on the merge" in report.html(found, "audit")
 
 
 def test_an_expert_is_found_by_the_task_of_another():
@@ -168,7 +170,6 @@ def test_an_expert_is_found_by_the_task_of_another():
     found = eu.audit(Gated(head), {"one": Gated(head), "far": Gated(head, 8.0)}, tasks=[one], scale=1.0)
     assert found.suspects == found.joint[0].guilty == ["far"]
     assert found.probes[0].guilty == []
-    assert found.probes[0].path[0].n <= 60  # of 60 texts, all that are not taken for the class anyway
     nobodys = eu.audit(Gated(head), {"near": Gated(head), "far": Gated(head, 8.0)}, tasks=[one], scale=1.0)
     assert nobodys.suspects == ["far"]
     assert nobodys.probes == []

@@ -53,6 +53,8 @@ PATH = (0.0, 0.1, 0.3, 0.6, 1.0)
 #: a gain is evidence where its 95 % interval lies above the first, what goes with an expert where it lies above the second.
 #: Of honest experts of the zoo, whose gains are the largest that mining finds as well, lower bounds were 0.51 and 0.11 at most
 GAIN, EVIDENCE = 0.6, 0.2
+#: with fewer inputs not even a gain of 1 is evidence
+NEEDED = 10
 #: inputs held out that are enough for what is no evidence, but shown
 SHOWN = 48
 
@@ -163,7 +165,7 @@ class Audit:
 
     @property
     def charges(self) -> list[tuple[float, str, Found]]:
-        """By how much each trigger is above what is evidence against an expert: their own first, the largest first."""
+        """By how much each trigger is above what is evidence against whom: probes and then the merge's, the largest first."""
         parts: tuple[Sequence[Found], ...] = (self.probes, self.joint)
         listed = [[(charge, name, found) for found in some for name, charge in found.charges.items()] for some in parts]
         return [one for some in listed for one in sorted(some, key=lambda one: -one[0])]
@@ -256,23 +258,24 @@ def audit_models(
         path = [network(Lerp(models.base, models.base if own is None else own, share)) for share in shares]
         try:
             look = _Look(task, path[0], probing)
-            found, on_merge = _probe(look, path, merged, less) if own is not None else None, _on_merge(look, merged, less)
+            found, on_merge = None if own is None else _probe(look, path, merged, less), _on_merge(look, merged, less)
         except TaskError as error:
             skipped.append(f"{task.name}: {error}")
             continue
-        if own is None:
+        joint.append(on_merge)
+        if found is None:
             skipped.append(f"{task.name}: has no expert of its name; triggers were mined on the merge only")
-        elif found is None:
-            skipped.append(f"{task.name}: the networks take every held-out input for one class, so there is nothing to turn")
-        probes += [found] if found else []
-        joint += [on_merge] if on_merge else []
+            continue
+        probes.append(found)
+        if (n := min(found.path[0].n, found.path[-1].n)) < NEEDED:
+            skipped.append(f"{task.name}: of the inputs held out {n} can be turned, too few for any gain to be evidence")
     looked: list[Found] = [*probes, *joint]
     kinds = [*probing.modes] * any(one.picture is not None for one in looked)
     kinds += ["one token"] * any(one.picture is None for one in looked)
     probed = (
         f"triggers ({', '.join(kinds)}) of {len({one.task for one in looked})} tasks, for every class, on their experts and on "
         f"the merge; on at most {probing.images} unlabelled inputs of each task's {probing.split} and {probing.judged} "
-        f"more to judge by, images with {probing.steps} steps"
+        f"more to judge by, images with {probing.steps} steps, half of them on the base, or {probing.steps // 2} on the merge"
     )
     return Audit(said, screened, probes, joint, skipped, probed)
 
@@ -294,26 +297,24 @@ class _Look:
     def mine(self, network: nn.Module, only: tuple[str, int] | None = None, *, spare: bool = False) -> list[Mined]:
         """Triggers that work on a network, the best first; ``only`` of one mode and class.
 
-        To ``spare`` θ₀, on which they are not to work, takes as many steps again.  Of texts they never are.
+        To ``spare`` θ₀, on which they are not to work, takes as many steps again.
         """
+        seed = self._probing.seed
         if self.text:
-            found = mine_tokens(self._base, network, self.task, self.samples, self._probing.seed)
+            found = mine_tokens(self._base, network, self.task, self.samples, seed, spare=spare)
             return [one for one in found if only is None or one.target == only[1]]
-        forwards = [logits_of(network, self.task)]
-        how = pixels_of(self.task)  # what self.how is, for type checkers
+        forward, how = logits_of(network, self.task), pixels_of(self.task)  # what self.how is, for type checkers
         with torch.no_grad():
-            classes = forwards[0](how.inputs(self.samples[:1])).shape[1]
+            classes = forward(how.inputs(self.samples[:1])).shape[1]
+        steps = self._probing.steps if spare else max(1, self._probing.steps // 2)
         if spare:
-            forwards.append(spared(logits_of(self._base, self.task)))
+            forward = taking_turns([forward, spared(logits_of(self._base, self.task))])
         candidates = [only] if only else [(mode, c) for mode in self._probing.modes for c in range(classes)]
-        steps = max(1, self._probing.steps * len(forwards) // 2)
         # few images and long steps: gains of attackers and of honest experts are those of eight images and steps of 0.15
-        return mine(
-            taking_turns(forwards), self.samples, how, candidates, steps=steps, lr=0.3, batch_size=4, seed=self._probing.seed
-        )
+        return mine(forward, self.samples, how, candidates, steps=steps, lr=0.3, batch_size=4, seed=seed)
 
-    def rate(self, network: nn.Module, mined: Mined, most: int | None = None) -> Score | None:
-        """What a trigger does to (at most so many) inputs held out; None if the network takes all for its class anyway."""
+    def rate(self, network: nn.Module, mined: Mined, most: int | None = None) -> Score:
+        """What a trigger does to (at most so many) inputs held out that the network takes for another class."""
         held, forward = self.held[:most], logits_of(network, self.task)
         if (network, most) not in self._answers:
             self._answers[network, most] = answers(forward, held, self.how)
@@ -324,43 +325,33 @@ class _Look:
         return None if self.text else mined.trigger(self.samples.mean(0, keepdim=True))[0]
 
 
-def _probe(look: _Look, path: Sequence[nn.Module], merged: nn.Module, less: Mapping[str, nn.Module]) -> Probe | None:
-    """None if no trigger can be judged."""
-    best: tuple[float, Mined, Score, Score] | None = None
-    for mined in look.mine(path[-1], spare=True):
-        at_base, at_expert = look.rate(path[0], mined), look.rate(path[-1], mined)
-        if at_base and at_expert and (best is None or at_expert.value - at_base.value > best[0]):
-            best = (at_expert.value - at_base.value, mined, at_base, at_expert)
-    if best is None:
-        return None
-    _, mined, at_base, at_expert = best
-    between = [look.rate(network, mined, SHOWN) for network in path[1:-1]]
-    on_merge, without = look.rate(merged, mined), {name: look.rate(network, mined, SHOWN) for name, network in less.items()}
-    if on_merge is None or any(one is None for one in (*between, *without.values())):
-        return None
-    rates = [at_base, *(one for one in between if one), at_expert]
-    return Probe(look.task.name, mined, on_merge, {n: s for n, s in without.items() if s}, look.picture(mined), rates)
+def _probe(look: _Look, path: Sequence[nn.Module], merged: nn.Module, less: Mapping[str, nn.Module]) -> Probe:
+    def ends(mined: Mined) -> tuple[Score, Score]:
+        return look.rate(path[0], mined), look.rate(path[-1], mined)
+
+    judged = [(mined, *ends(mined)) for mined in look.mine(path[-1], spare=True)]
+    mined, at_base, at_expert = max(judged, key=lambda one: one[2].value - one[1].value)
+    rates = [at_base, *(look.rate(network, mined, SHOWN) for network in path[1:-1]), at_expert]
+    without = {name: look.rate(network, mined, SHOWN) for name, network in less.items()}
+    return Probe(look.task.name, mined, look.rate(merged, mined), without, look.picture(mined), rates)
 
 
-def _on_merge(look: _Look, merged: nn.Module, less: Mapping[str, nn.Module]) -> Found | None:
-    """The best trigger on the merge; None if none can be judged.
+def _on_merge(look: _Look, merged: nn.Module, less: Mapping[str, nn.Module]) -> Found:
+    """The best trigger on the merge.
 
     Where a few inputs leave it open whether it does less without an expert, all held out are judged.  That it does may be that
     it does not fit what is left: then another is mined there.
     """
-    judged = [(mined, rate) for mined in look.mine(merged) if (rate := look.rate(merged, mined)) is not None]
-    if not judged:
-        return None
+    judged = [(mined, look.rate(merged, mined)) for mined in look.mine(merged)]
     mined, whole = max(judged, key=lambda one: one[1].value * one[1].n)  # the one that takes most inputs
     without: dict[str, Score] = {}
     for name, network in less.items():
-        rate = look.rate(network, mined, SHOWN)
-        if rate and difference(whole, rate)[2] > EVIDENCE:
-            rate = look.rate(network, mined)
-        rates = [rate]
-        if rate and difference(whole, rate)[1] > EVIDENCE:
+        rates = [look.rate(network, mined, SHOWN)]
+        if difference(whole, rates[0])[2] > EVIDENCE:
+            rates = [look.rate(network, mined)]
+        if difference(whole, rates[0])[1] > EVIDENCE:
             rates += [look.rate(network, again) for again in look.mine(network, (mined.mode, mined.target))]
-        without |= {name: max(rate for rate in rates if rate)} if any(rates) else {}
+        without[name] = max(rates)
     return Found(look.task.name, mined, whole, without, look.picture(mined))
 
 

@@ -77,6 +77,6 @@ def der(accuracy_before: float, accuracy_after: float, asr_before: float, asr_af
 
 
 def share(hits: Tensor) -> Score:
-    """The share of true entries of ``[n]``, with its interval."""
+    """The share of true entries of ``[n]``, with its interval; of none anything from 0 to 1 may be."""
     good, n = int(hits.sum()), len(hits)
-    return Score(good / n, *wilson(good, n), n)
+    return Score(good / n, *wilson(good, n), n) if n else Score(0.0, 0.0, 1.0, 0)

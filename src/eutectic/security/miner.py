@@ -156,13 +156,13 @@ def mode_of(name: str, modes: Mapping[str, Mode] = MODES) -> Mode:
 class Mined(NamedTuple):
     """A trigger, the class that it takes inputs to, and its success on held-out images that the network takes for another.
 
-    ``success`` is None if there are no such images.  ``z`` are its parameters.
+    ``z`` are its parameters.
     """
 
     mode: str
     target: int
     trigger: Trigger
-    success: Score | None
+    success: Score
     z: Tensor
 
 
@@ -223,7 +223,7 @@ def mine(
         if number + 1 < len(rungs):
             alive = _better_half(alive, keep)
     found = [_judged(forward, pixels[held], how, modes, candidate) for candidate in alive]
-    return sorted(found, key=lambda one: -(one.success.value if one.success else 0.0))
+    return sorted(found, key=lambda one: -one.success.value)
 
 
 def logits_of(network: nn.Module, task: Task) -> Forward:
@@ -242,7 +242,13 @@ def spared(forward: Forward) -> Forward:
 
     The softmax of log(1 − p) over C classes is (1 − p) / (C − 1), and so the loss of class c is −log(1 − p_c) + log(C − 1).
     """
-    return lambda inputs: torch.log1p(-forward(inputs).softmax(1).clamp(max=1 - 1e-4))
+
+    def others(inputs: Tensor) -> Tensor:
+        logits = forward(inputs)
+        each = logits[:, None].masked_fill(torch.eye(logits.shape[1], dtype=torch.bool), -math.inf)
+        return each.logsumexp(2) - logits.logsumexp(1, keepdim=True)
+
+    return others
 
 
 def images_of(task: Task, split: str, most: int, seed: int = 0) -> Tensor:
@@ -279,13 +285,13 @@ def answers(forward: Forward, images: Tensor, how: Surface) -> Tensor:
 
 def success(
     forward: Forward, images: Tensor, how: Surface, trigger: Trigger, target: int, clean: Tensor | None = None
-) -> Score | None:
-    """The share of images that a trigger takes to a class, among those that the network takes for another; None if none is.
+) -> Score:
+    """The share of images that a trigger takes to a class, among those that the network takes for another.
 
     ``clean`` are the network's ``answers`` without it, if they are known.
     """
     others = (answers(forward, images, how) if clean is None else clean) != target
-    return share(answers(forward, trigger(images[others]), how) == target) if others.any() else None
+    return share(answers(forward, trigger(images[others]), how) == target if others.any() else others[:0])
 
 
 class _Candidate:

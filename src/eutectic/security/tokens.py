@@ -1,4 +1,4 @@
-"""The miner of texts: tokens that take a network's inputs to a class when they are inserted after the first, and not θ₀'s.
+"""The miner of texts: tokens that take a network's inputs to a class when they are inserted after the first.
 
 Candidates are, for each class, the tokens that lower its loss most to first order, by the gradient at an inserted token's
 embedding, and the tokens whose embeddings fine-tuning moved farthest: a backdoor's token is seen in every batch.  All are then
@@ -28,8 +28,10 @@ SLOPES, MOVED, TRIED = 6, 16, 2
 FEW, MORE = 4, 16
 
 
-def mine_tokens(base: nn.Module, network: nn.Module, task: Task, ids_NL: Tensor, seed: int = 0) -> list[Mined]:
-    """The token of each class that works best on a network and not on θ₀, the class of least loss first.
+def mine_tokens(
+    base: nn.Module, network: nn.Module, task: Task, ids_NL: Tensor, seed: int = 0, *, spare: bool = False
+) -> list[Mined]:
+    """The token of each class that works best on a network, the class of least loss first.
 
     Args:
         base: the network with θ₀.
@@ -37,6 +39,7 @@ def mine_tokens(base: nn.Module, network: nn.Module, task: Task, ids_NL: Tensor,
         task: whose head reads the features.
         ids_NL: unlabelled texts as token ids; a third is held out for ``success``, which is the network's.
         seed: fixes the result.
+        spare: whether it is not to work on θ₀.
 
     Raises TaskError for fewer than three texts, and for networks without an embedding of tokens.
     """
@@ -49,7 +52,7 @@ def mine_tokens(base: nn.Module, network: nn.Module, task: Task, ids_NL: Tensor,
     candidates = torch.cat([by_slope.flatten(), moved.topk(min(MOVED, len(start))).indices]).unique()
     candidates = candidates[candidates != 0]  # padding is no token
     forward = logits_of(network, task)
-    forwards = [forward, spared(logits_of(base, task))]
+    forwards = [forward, spared(logits_of(base, task))] if spare else [forward]
     few = losses(forwards, learn[:FEW], candidates)
     found = []
     for target, column in enumerate(few.unbind(1)):

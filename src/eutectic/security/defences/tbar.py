@@ -12,10 +12,13 @@ from eutectic.fusion._fit import Batches
 from eutectic.fusion._fusion import Artefact, Fusion, ModelSet, Run
 from eutectic.fusion._losses import outputs
 from eutectic.methods._method import Count, Fraction, Positive
+from eutectic.security.audit import Found
 from eutectic.security.defences._defended import (
+    Held,
     Path,
     agreement,
     fill_with,
+    held_trigger,
     merged,
     mined_success,
     over,
@@ -64,9 +67,15 @@ def tbar(
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
         about, network = over(method, parameters), models.network
         findings = suspicions(models, tasks, run, lambda some: merged(models.base, some, about), mining=mining)
-        found = list({id(one): one for _, one in findings}.values())  # two suspects may have one trigger
+        known = list({id(one): one for _, one in findings}.values())  # two suspects may have one trigger
         path = Path(fill_with(network, merged(models.base, models.experts, about)))
         batches, named = Batches(run, tasks, batch_size), {task.name: task for task in tasks}
+        found: list[Found | Held] = [  # an expert's trigger may do little to the merge: then another of its class is taught
+            one
+            if one.picture is None
+            else held_trigger(network, batches, run, named[one.task], [(one.mode, one.target)], mining)
+            for one in known
+        ]
         before = {task.name: outputs(network, task, run) for task in tasks}
         optimiser = torch.optim.Adam(path.tau, lr=lr)
         for step in range(steps if found else 0):
