@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
+import functools
 import json
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from eutectic.fusion._fusion import Run
 from eutectic.security.attacks import EXPECTED, Attack, Kind
 from eutectic.security.commands import METHOD, PARAMETERS
 from eutectic.security.poisoned import poison
-from eutectic.security.scores import Row, control_rows, defence_rows
+from eutectic.security.scores import Row, defence_rows, table
 from eutectic.security.triggers import KINDS, TOKEN
 
 #: λ of the merges, chosen on `val` of the clean suite by `eutectic bench`
@@ -61,9 +61,12 @@ def main() -> None:
     merge = Row(given.merge, given.merge, MERGES[given.suite][given.merge])
     run = Run(given.seed, autocast=given.bf16)
     names = list(suite.classes)
-    controls = iter(()) if given.no_controls else control_rows(poisoned, merge, names, run)
-    defended = defence_rows(poisoned, rows, names, run, lambda *told: print(*told, file=sys.stderr, flush=True))
-    for one in itertools.chain(controls, defended):
+    told = functools.partial(print, file=sys.stderr, flush=True)
+    if given.no_controls:
+        measured = defence_rows(poisoned, rows, names, run, told)
+    else:
+        measured = table(poisoned, merge, rows, tasks=names, run=run, progress=told)
+    for one in measured:
         record.append(given.out, [one])
         print(f"{one.method:32} {one.task:14} {one.metric:20} {100 * one.value:6.1f}", flush=True)
 
