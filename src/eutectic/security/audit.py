@@ -51,7 +51,7 @@ from eutectic.task import Score, Task
 #: shares of the expert at which a trigger is tried
 PATH = (0.0, 0.1, 0.3, 0.6, 1.0)
 #: a gain is evidence where its 95 % interval lies above the first, what goes with an expert where it lies above the second.
-#: Of honest experts of the zoo, whose gains are the largest that mining finds as well, lower bounds were 0.51 and 0.11 at most
+#: Of honest experts of the zoo, whose gains are the largest that mining finds as well, lower bounds were 0.56 and 0.11 at most
 GAIN, EVIDENCE = 0.6, 0.2
 #: with fewer inputs not even a gain of 1 is evidence
 NEEDED = 10
