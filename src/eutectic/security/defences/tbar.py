@@ -67,14 +67,14 @@ def tbar(
     def fit(models: ModelSet, tasks: Sequence[Task], run: Run) -> Artefact:
         about, network = over(method, parameters), models.network
         findings = suspicions(models, tasks, run, lambda some: merged(models.base, some, about), mining=mining)
-        known = list({id(one): one for _, one in findings}.values())  # two suspects may have one trigger
+        known = {(one.task, one.mode, one.target): one for _, one in findings}  # several findings may be of one trigger
         path = Path(fill_with(network, merged(models.base, models.experts, about)))
         batches, named = Batches(run, tasks, batch_size), {task.name: task for task in tasks}
         found: list[Found | Held] = [  # an expert's trigger may do little to the merge: then another of its class is taught
             one
             if one.picture is None
             else held_trigger(network, batches, run, named[one.task], [(one.mode, one.target)], mining)
-            for one in known
+            for one in known.values()
         ]
         before = {task.name: outputs(network, task, run) for task in tasks}
         optimiser = torch.optim.Adam(path.tau, lr=lr)
